@@ -1,0 +1,30 @@
+"""ScaleMoE for Megatron-Core: adaptive all-to-all, expert replicas and topology-aware placement, with the same loss.
+
+Public names are imported on first use, so `import megatron_scalemoe` needs neither torch nor megatron.
+"""
+
+import importlib
+
+from megatron_scalemoe.version import __version__
+
+_PUBLIC = {
+    "ScaleMoEConfig": "config",
+    "ScaleMoEError": "errors",
+    "use_scalemoe": "integration.specs",
+    "add_scalemoe_args": "integration.arguments",
+    "scalemoe_config_from_args": "integration.arguments",
+    "RaggedDispatcher": "dispatch.ragged",
+    "PaddedDispatcher": "dispatch.padded",
+    "LocalDispatcher": "dispatch.local",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__():
+    return sorted(__all__)
