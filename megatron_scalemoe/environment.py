@@ -1,0 +1,84 @@
+"""Which software and machine this is, for `scalemoe doctor` and beside every measured number. Needs neither torch nor megatron."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+from megatron_scalemoe.version import __version__
+
+# The tested range, as in pyproject.toml's `train` extra.
+MEGATRON_CORE_FROM = "0.16.1"
+MEGATRON_CORE_BELOW = "0.17"
+
+
+def installed_version(*distributions: str) -> str | None:
+    """The version of the first of these distributions that is installed, without importing it."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def is_supported_megatron(version: str) -> bool:
+    """Whether a megatron-core version lies in the range that we test. A release candidate counts as its release."""
+    return _release(MEGATRON_CORE_FROM) <= _release(version) < _release(MEGATRON_CORE_BELOW)
+
+
+def describe_environment(command: list[str]) -> dict[str, object]:
+    """Everything needed to judge or repeat a measurement made by `command`: no host name, no user name."""
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "megatron_scalemoe": __version__,
+        "python": platform.python_version(),
+        "torch": installed_version("torch"),
+        "megatron_core": installed_version("megatron-core"),
+        "numpy": installed_version("numpy"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_model(),
+        "cores": usable_cores(),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as the kernel reports it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if match:
+            return match.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, `-dirty` when files differ; None when it was installed elsewhere."""
+    root = Path(__file__).resolve().parent.parent
+    # An installed copy may lie inside somebody else's repository: that commit would say nothing about us.
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """`0.16.1rc0+local` -> (0, 16, 1)."""
+    numbers = [int(n) for n in re.match(r"\d+(\.\d+)*", version).group().split(".")]
+    return tuple(numbers + [0] * (3 - len(numbers)))
