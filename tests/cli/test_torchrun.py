@@ -1,0 +1,84 @@
+"""Launching ranks: they get their arguments, failures are told, and nothing survives the time limit or a SIGTERM."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from megatron_scalemoe.cli.torchrun import run_ranks
+from megatron_scalemoe.errors import ScaleMoEError
+
+WORKER = """
+import os, pathlib, signal, sys, time
+folder, what = sys.argv[1:]
+rank = os.environ["RANK"]
+pathlib.Path(folder, rank).write_text(str(os.getpid()))
+print("hello from rank", rank)
+if what == "fail" and rank == "1":
+    sys.exit("rank 1 gives up")
+if what == "hang":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(300)
+"""
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """A module for the ranks, found through PYTHONPATH; each rank leaves its process id in a file named after it."""
+    (tmp_path / "rank_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "pids").mkdir()
+    return tmp_path / "pids"
+
+
+def pids(folder) -> list[int]:
+    return [int(text) for path in folder.iterdir() if (text := path.read_text())]
+
+
+def runs(pid: int) -> bool:
+    """Whether a process lives; a zombie that nobody has collected yet does not."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def wait_until(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_success_is_silent_when_quiet(worker, capfd):
+    run_ranks("rank_worker", [str(worker), "pass"], ranks=2, timeout=60, quiet=True)
+    assert len(pids(worker)) == 2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_failing_rank_is_an_error_that_shows_its_log(worker, capfd):
+    with pytest.raises(ScaleMoEError, match="failed on 2 ranks"):
+        run_ranks("rank_worker", [str(worker), "fail"], ranks=2, timeout=60, quiet=True)
+    captured = capfd.readouterr()
+    assert "rank 1 gives up" in captured.err
+    assert captured.out == ""
+
+
+def test_ranks_that_ignore_sigterm_die_at_the_time_limit(worker, capfd):
+    with pytest.raises(ScaleMoEError, match="did not end within 15 s"):
+        run_ranks("rank_worker", [str(worker), "hang"], ranks=2, timeout=15, quiet=False)
+    assert len(pids(worker)) == 2, "the ranks had not started: the machine is too slow for this test's limit"
+    assert not any(map(runs, pids(worker)))
+    assert "hello from rank" not in capfd.readouterr().out
+
+
+def test_a_terminated_command_takes_its_ranks_along(worker):
+    code = (
+        "import sys; from megatron_scalemoe.cli.torchrun import run_ranks as r; r(sys.argv[1], sys.argv[2:], ranks=2, timeout=99, quiet=1)"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code, "rank_worker", str(worker), "hang"])
+    assert wait_until(lambda: len(pids(worker)) == 2, 60)
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(60) == 128 + signal.SIGTERM
+    assert not any(map(runs, pids(worker)))
