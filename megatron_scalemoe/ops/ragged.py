@@ -1,0 +1,119 @@
+"""Ragged all-to-all over a process group: any number of rows to each rank, with gradients, and a packed form for rows with metadata."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.ops.payload import pack_rows, unpack_rows
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Splits:
+    """Rows to and from each rank of a group, in rank order."""
+
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+
+    def reversed(self) -> Splits:
+        return Splits(self.output, self.input)
+
+
+def ragged_all_to_all(x: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Send `input_splits[g]` leading rows of `x` to each rank g of the group and receive `output_splits[g]` from it, in rank order.
+
+    x: [sum(input_splits), ...], any trailing shape and dtype the backend carries. Differentiable: the gradient makes the way back. Raises
+    `ScaleMoEError` when the splits don't fit `x` or the group, and when a peer dies or hangs beyond the group's timeout.
+    """
+    splits = Splits(tuple(input_splits), tuple(output_splits))
+    if len(splits.input) != group.size() or len(splits.output) != group.size() or sum(splits.input) != x.shape[0]:
+        raise ScaleMoEError(
+            f"ragged_all_to_all needs one input and one output split per rank ({group.size()}), input splits summing to {x.shape[0]} rows",
+            found=f"input_splits={list(splits.input)}, output_splits={list(splits.output)}",
+        )
+    return _RaggedAllToAll.apply(x, splits, group)
+
+
+def exchange_rows(x_ND: Tensor, probs_NK: Tensor, experts_NK: Tensor, splits: Splits, group: dist.ProcessGroup):
+    """Ragged all-to-all of rows with their probabilities and expert ids in the same payload: one collective forward, one backward.
+
+    x_ND: any float dtype; probs_NK: any float dtype; experts_NK: int16. Returns the received (x, probs, experts); x and probs carry
+    gradients.
+    """
+    return _ExchangeRows.apply(x_ND, probs_NK, experts_NK, splits, group)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PendingCounts:
+    """An all-to-all of counts under way; `wait` returns the received [G, C] tensor."""
+
+    received_GC: Tensor
+    work: dist.Work
+    group: dist.ProcessGroup
+
+    def wait(self) -> Tensor:
+        with naming_failure("count exchange", self.group):
+            self.work.wait()
+        return self.received_GC
+
+
+def start_count_exchange(counts_GC: Tensor, group: dist.ProcessGroup) -> PendingCounts:
+    """Start sending row g of `counts_GC` (int64) to each rank g; row g of the result is what rank g sent here."""
+    received_GC = torch.empty_like(counts_GC)
+    with naming_failure("count exchange", group):
+        work = dist.all_to_all_single(received_GC, counts_GC.contiguous(), group=group, async_op=True)
+    return PendingCounts(received_GC, work, group)
+
+
+@contextlib.contextmanager
+def naming_failure(what: str, group: dist.ProcessGroup):
+    """Turn a backend's error inside a collective into a `ScaleMoEError` that says which collective, rank and peers."""
+    try:
+        yield
+    except RuntimeError as error:
+        ranks = dist.get_process_group_ranks(group)
+        raise ScaleMoEError(
+            f"{what} failed on rank {dist.get_rank()}: another rank of the group {ranks} died, hung or left the step",
+            found=str(error).splitlines()[0],
+            try_="look for the first error in the other ranks' logs; the job has to be restarted from its last checkpoint",
+        ) from error
+
+
+def _all_to_all(x: Tensor, splits: Splits, group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty((sum(splits.output), *x.shape[1:]))
+    with naming_failure("ragged all-to-all", group):
+        dist.all_to_all_single(out, x.contiguous(), list(splits.output), list(splits.input), group=group)
+    return out
+
+
+class _RaggedAllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, splits, group):
+        ctx.splits, ctx.group = splits, group
+        return _all_to_all(x, splits, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _all_to_all(grad, ctx.splits.reversed(), ctx.group), None, None
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, probs_NK, experts_NK, splits, group):
+        payload, layout = pack_rows(x_ND, probs_NK, experts_NK)
+        x_MD, probs_MK, experts_MK = unpack_rows(_all_to_all(payload, splits, group), layout)
+        ctx.splits, ctx.group = splits, group
+        ctx.mark_non_differentiable(experts_MK)
+        return x_MD, probs_MK, experts_MK
+
+    @staticmethod
+    def backward(ctx, grad_x_MD, grad_probs_MK, _):
+        payload, layout = pack_rows(grad_x_MD, grad_probs_MK)
+        grad_x_ND, grad_probs_NK = unpack_rows(_all_to_all(payload, ctx.splits.reversed(), ctx.group), layout)
+        return grad_x_ND, grad_probs_NK, None, None, None
