@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Sets everything up and trains a small GPT-MoE with Megatron-Core and --moe-dispatcher scalemoe: on all GPUs, or on 2 CPU ranks.
+#
+#   bash tools/quickstart.sh [--train-iters 20 ...]    arguments go to the training script; they win over the quickstart's own
+#   bash tools/quickstart.sh --help                    the training script's flags
+#
+# PYTHON=/path/to/python3.12 chooses the interpreter of a new .venv.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+
+EXAMPLE="$ROOT/examples/gpt_moe"
+for argument in "$@"; do
+    if [[ "$argument" == "-h" || "$argument" == "--help" ]]; then
+        exec "$VENV_PYTHON" "$EXAMPLE/pretrain_gpt.py" --help
+    fi
+done
+
+# One rank per GPU. The expert-parallel size must divide both the ranks and quickstart.yaml's 8 experts.
+read -r ranks expert_parallel threads < <("$VENV_PYTHON" -c '
+import math, torch
+from megatron_scalemoe.environment import usable_cores
+ranks = torch.cuda.device_count() or 2
+print(ranks, math.gcd(ranks, 8), max(1, usable_cores() // ranks))')
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
+
+# The -- keeps torchrun from reading the training script's flags as abbreviations of its own.
+exec "$VENV_PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$ranks" -- \
+    "$EXAMPLE/pretrain_gpt.py" --config "$EXAMPLE/quickstart.yaml" --expert-model-parallel-size "$expert_parallel" "$@"
