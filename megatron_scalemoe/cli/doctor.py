@@ -51,7 +51,7 @@ def gather() -> dict:
 
 
 def _torch_facts() -> dict:
-    facts = {"error": None, "cuda": False, "cuda_devices": [], "gloo": False, "nccl": False, "grouped_mm": False}
+    facts = {"error": None, "cuda_build": None, "cuda": False, "cuda_devices": [], "gloo": False, "nccl": False, "grouped_mm": False}
     try:
         import torch
         import torch.distributed as dist
@@ -60,6 +60,7 @@ def _torch_facts() -> dict:
     cuda = torch.cuda.is_available()
     return {
         "error": None,
+        "cuda_build": torch.version.cuda,
         "cuda": cuda,
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "gloo": dist.is_available() and dist.is_gloo_available(),
@@ -89,15 +90,26 @@ def needed_checks(facts: dict) -> list[dict]:
     supported = f">= {MEGATRON_CORE_FROM}, < {MEGATRON_CORE_BELOW}"
     backends = [name for name in ("gloo", "nccl") if torch[name]]
     return [
-        _check("torch", versions["torch"], torch["error"] is None, torch["error"] or INSTALL),
+        _check("torch", versions["torch"], torch["error"] is None, f"{torch['error']}; {INSTALL}"),
         _check("megatron-core", megatron, megatron is not None and is_supported_megatron(megatron), f"supported: {supported}; {INSTALL}"),
         _check("psutil", versions["psutil"], versions["psutil"] is not None, f"Megatron's checkpoint save hangs without it; {INSTALL}"),
-        _check("communication", ", ".join(backends) or None, bool(backends), "torch was built without gloo and NCCL"),
+        _check("communication", ", ".join(backends) or None, bool(backends), _no_backend(torch, "gloo")),
     ]
 
 
 def _check(name: str, found: str | None, ok: bool, advice: str) -> dict:
     return {"name": name, "found": found, "ok": ok, "advice": None if ok else advice}
+
+
+def _no_backend(torch: dict, backend: str) -> str:
+    """Why ranks cannot talk through this backend."""
+    if torch["error"] is not None:
+        return "torch cannot be imported"
+    if backend == "nccl" and torch["cuda_build"] is None:
+        return "this torch is a CPU build"
+    if backend == "nccl" and not torch["cuda"]:
+        return f"torch (CUDA {torch['cuda_build']}) sees no device: compare nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return f"this torch was built without {backend}"
 
 
 def features(facts: dict) -> list[dict]:
@@ -106,11 +118,12 @@ def features(facts: dict) -> list[dict]:
     te_or_apex = versions["transformer_engine"] or versions["apex"]
     grouped = versions["transformer_engine"] or versions["grouped_gemm"]
     shm = facts["shm"]["total_bytes"]
+    gpu = torch["cuda"] and torch["nccl"]
     return [
-        _feature("training on GPUs (NCCL)", torch["cuda"] and torch["nccl"], "torch sees no CUDA device, or has no NCCL"),
-        _feature("training on CPU ranks (gloo)", torch["gloo"], "torch was built without gloo"),
-        _feature("--scalemoe-dispatch ragged, padded", torch["gloo"] or (torch["cuda"] and torch["nccl"]), "no usable backend"),
-        _feature("--scalemoe-experts grouped", torch["grouped_mm"], "this torch has no torch.nn.functional.grouped_mm"),
+        _feature("training on GPUs (NCCL)", gpu, _no_backend(torch, "nccl")),
+        _feature("training on CPU ranks (gloo)", torch["gloo"], _no_backend(torch, "gloo")),
+        _feature("--scalemoe-dispatch ragged, padded", torch["gloo"] or gpu, _no_backend(torch, "gloo")),
+        _feature("--scalemoe-experts grouped", torch["grouped_mm"], "needs a torch with torch.nn.functional.grouped_mm"),
         _feature(
             "--moe-grouped-gemm (Megatron's own grouped experts)",
             bool(torch["cuda"] and grouped),

@@ -35,6 +35,7 @@ def fake_ranks(monkeypatch):
             Path(arguments[arguments.index("--result-file") + 1]).write_text(json.dumps({"rows": rows}))
 
         monkeypatch.setattr(bench, "run_ranks", run_ranks)
+        monkeypatch.setattr(bench, "_require_train_extra", lambda: None)
         return calls
 
     return answer_with

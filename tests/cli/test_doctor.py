@@ -23,7 +23,7 @@ CPU_MACHINE = {
         "grouped_gemm": None,
         "apex": None,
     },
-    "torch": {"error": None, "cuda": False, "cuda_devices": [], "gloo": True, "nccl": False, "grouped_mm": True},
+    "torch": {"error": None, "cuda_build": None, "cuda": False, "cuda_devices": [], "gloo": True, "nccl": False, "grouped_mm": True},
     "shm": {"total_bytes": 8 << 30, "free_bytes": 8 << 30},
 }
 
@@ -55,9 +55,22 @@ def test_a_complete_cpu_machine_can_train():
 
 
 def test_a_complete_gpu_machine_can_do_everything():
-    facts = machine(cuda=True, nccl=True, cuda_devices=["H200"], transformer_engine="2.9")
+    facts = machine(cuda_build="13.0", cuda=True, nccl=True, cuda_devices=["H200"], transformer_engine="2.9")
     assert failing(facts) == {}
     assert not_working(facts) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "CPU build"),
+        ({"cuda_build": "13.0", "nccl": True}, "sees no device"),
+        ({"cuda_build": "13.0", "cuda": True}, "built without nccl"),
+        ({"error": "No module named 'torch'", "gloo": False}, "cannot be imported"),
+    ],
+)
+def test_the_reason_for_not_using_gpus_is_exact(changes, reason):
+    assert reason in not_working(machine(**changes))["training on GPUs (NCCL)"]
 
 
 @pytest.mark.parametrize("version", [None, "0.15.3", "0.16.0", "0.17.0"])
