@@ -1,0 +1,1 @@
+"""Where ScaleMoE meets Megatron-Core: the only package that imports `megatron`."""

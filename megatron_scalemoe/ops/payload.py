@@ -39,9 +39,7 @@ def pack_rows(*parts: Tensor) -> tuple[Tensor, PayloadLayout]:
 
 def unpack_rows(payload: Tensor, layout: PayloadLayout) -> tuple[Tensor, ...]:
     """The parts of a payload, as views into it."""
-    return tuple(
-        payload[:, start : start + columns * dtype.itemsize].view(dtype) for start, columns, dtype in layout.parts
-    )
+    return tuple(payload[:, start : start + columns * dtype.itemsize].view(dtype) for start, columns, dtype in layout.parts)
 
 
 def _round_up(value: int, multiple: int) -> int:

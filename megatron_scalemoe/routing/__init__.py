@@ -1,0 +1,1 @@
+"""Routing: statistics of what the router chose, and forced routing for benchmarks."""

@@ -144,7 +144,7 @@ def test_ragged(name, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", [name for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_padded(name, world_size):
     check(pool(world_size).run(run_case, "padded", CASES[name]), CASES[name], "padded")
 

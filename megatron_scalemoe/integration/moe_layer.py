@@ -1,0 +1,30 @@
+"""Megatron's MoE layer with our token dispatcher."""
+
+from __future__ import annotations
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_scalemoe.config import ScaleMoEConfig
+from megatron_scalemoe.integration.support import check_supported
+from megatron_scalemoe.integration.token_dispatcher import ScaleMoETokenDispatcher
+
+
+class ScaleMoELayer(MoELayer):
+    """`MoELayer` whose token dispatcher is ours. Same parameters, same checkpoint keys, same outputs to rounding."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        scalemoe: ScaleMoEConfig,
+    ):
+        check_supported(config, scalemoe)
+        pg_collection = pg_collection or get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection)
+        self.token_dispatcher = ScaleMoETokenDispatcher(scalemoe, self.config, pg_collection)

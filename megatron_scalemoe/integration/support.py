@@ -1,0 +1,56 @@
+"""What ScaleMoE cannot do yet, refused at start by flag name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_scalemoe.config import ScaleMoEConfig
+from megatron_scalemoe.errors import ScaleMoEError
+
+
+def check_supported(megatron: TransformerConfig, scalemoe: ScaleMoEConfig) -> None:
+    """Raise one `ScaleMoEError` that lists every flag of this run that ScaleMoE does not support, with the way out."""
+    problems = [*_dispatch_problems(megatron, scalemoe), *(_grouped_problems(megatron) if scalemoe.experts == "grouped" else ())]
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise ScaleMoEError(f"--moe-dispatcher scalemoe does not support this run:\n{lines}", try_="or --moe-dispatcher stock")
+
+
+def _dispatch_problems(megatron: TransformerConfig, scalemoe: ScaleMoEConfig) -> Iterator[str]:
+    experts, ep = megatron.num_moe_experts, megatron.expert_model_parallel_size
+    if experts is None:
+        yield "--num-experts is not set: there is no MoE layer to speed up"
+    elif experts % ep:
+        yield f"--num-experts {experts} is not divisible by --expert-model-parallel-size {ep}"
+    elif megatron.moe_router_topk > experts:
+        yield f"--moe-router-topk {megatron.moe_router_topk} is more than --num-experts {experts}"
+    if megatron.moe_token_dispatcher_type != "alltoall":
+        yield f"--moe-token-dispatcher-type {megatron.moe_token_dispatcher_type}: leave it at alltoall, --moe-dispatcher replaces it"
+    if megatron.moe_shared_expert_overlap:
+        yield "--moe-shared-expert-overlap: remove it, shared experts then run before the dispatch"
+    if megatron.overlap_moe_expert_parallel_comm:
+        yield "--overlap-moe-expert-parallel-comm: remove it"
+    if megatron.moe_router_padding_for_quantization or megatron.fp8 or getattr(megatron, "fp4", None):
+        yield "--fp8-format, --fp4-format and --moe-router-padding-for-quantization: train in bf16"
+    if megatron.cuda_graph_impl != "none":
+        yield f"--cuda-graph-impl {megatron.cuda_graph_impl}: the number of rows changes every step, remove it"
+    if scalemoe.dispatch == "padded" and (megatron.expert_tensor_parallel_size or 1) > 1:
+        yield "--scalemoe-dispatch padded with --expert-tensor-parallel-size above 1: use --scalemoe-dispatch ragged"
+    if scalemoe.dispatch == "padded" and megatron.moe_pad_expert_input_to_capacity:
+        yield "--scalemoe-dispatch padded with --moe-pad-expert-input-to-capacity pads twice: remove one of them"
+
+
+def _grouped_problems(megatron: TransformerConfig) -> Iterator[str]:
+    with_experts = "--scalemoe-experts grouped with"
+    if megatron.add_bias_linear:
+        yield f"{with_experts} biases: add --disable-bias-linear"
+    if megatron.moe_latent_size:
+        yield f"{with_experts} --moe-latent-size: use --scalemoe-experts megatron"
+    if megatron.use_te_activation_func or megatron.activation_func_clamp_value is not None or megatron.glu_linear_offset:
+        yield f"{with_experts} --use-te-activation-func, --activation-func-clamp-value or --glu-linear-offset: use --scalemoe-experts megatron"
+    if megatron.recompute_granularity == "selective" and "moe_act" in (megatron.recompute_modules or ()):
+        yield f"{with_experts} --recompute-modules moe_act: recompute moe instead"
+    if megatron.delay_wgrad_compute:
+        yield f"{with_experts} --delay-wgrad-compute: remove it"
