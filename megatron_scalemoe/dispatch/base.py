@@ -31,7 +31,7 @@ class Dispatcher(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, x_TD: Tensor, probs_TE: Tensor, routing_map_TE: Tensor) -> InFlight:
-        """Put rows in sending order. May start the exchange of counts, but waits for nothing."""
+        """Decide which rows go where, in sending order. May start the exchange of counts, but waits for nothing."""
 
     @abc.abstractmethod
     def exchange(self, flight: InFlight) -> InFlight:

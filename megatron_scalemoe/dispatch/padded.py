@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_scalemoe.dispatch.base import Dispatcher, InFlight
 from megatron_scalemoe.ops.permute import RowMap, permute, row_map, unpermute
-from megatron_scalemoe.ops.ragged import Splits, exchange_rows, naming_failure, ragged_all_to_all
+from megatron_scalemoe.ops.ragged import naming_failure, ragged_all_to_all
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,9 +53,7 @@ class PaddedDispatcher(Dispatcher):
         return InFlight(x_SD, probs_S[:, None], PaddedMetadata(kept, slot_N, capacity))
 
     def exchange(self, flight: InFlight) -> InFlight:
-        no_experts = flight.x.new_empty((flight.x.shape[0], 0), dtype=torch.int16)
-        x, probs, _ = exchange_rows(flight.x, flight.probs, no_experts, self._splits(flight.state), self.group)
-        return InFlight(x, probs, flight.state)
+        return InFlight(self._all_to_all(flight.x, flight.state), self._all_to_all(flight.probs, flight.state), flight.state)
 
     def expand(self, flight: InFlight) -> tuple[Tensor, Tensor, Tensor, PaddedMetadata]:
         metadata: PaddedMetadata = flight.state
@@ -69,8 +67,7 @@ class PaddedDispatcher(Dispatcher):
         return blocks.transpose(0, 1).reshape(rows_RD.shape)
 
     def exchange_back(self, x: Tensor, metadata: PaddedMetadata) -> Tensor:
-        splits = self._splits(metadata)
-        return ragged_all_to_all(x, splits.output, splits.input, self.group)
+        return self._all_to_all(x, metadata)
 
     def restore(self, x: Tensor, metadata: PaddedMetadata) -> Tensor:
         return unpermute(x.index_select(0, metadata.slot_N), metadata.kept)
@@ -86,9 +83,9 @@ class PaddedDispatcher(Dispatcher):
             dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.group)
         return int(capacity)
 
-    def _splits(self, metadata: PaddedMetadata) -> Splits:
-        rows = self.num_local_experts * metadata.capacity
-        return Splits((rows,) * self.group.size(), (rows,) * self.group.size())
+    def _all_to_all(self, x: Tensor, metadata: PaddedMetadata) -> Tensor:
+        splits = [self.num_local_experts * metadata.capacity] * self.group.size()
+        return ragged_all_to_all(x, splits, splits, self.group)
 
     def _by_expert(self, x: Tensor, metadata: PaddedMetadata) -> Tensor:
         """Received blocks from (source rank, expert, slot) to (expert, source rank, slot) order."""

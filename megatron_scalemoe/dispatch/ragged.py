@@ -71,13 +71,13 @@ class RaggedDispatcher(Dispatcher):
         goes_GT = wanted_GTL.any(2)
         send_rows_G = goes_GT.sum(1)
         counts = start_count_exchange(torch.cat([send_rows_G[:, None], wanted_GTL.sum(1)], 1), self.group)
-        # On CUDA the number of rows is not on the host yet: gather the most there can be and cut when the counts arrive
+        # On CUDA the number of rows is not on the host yet: prepare the most there can be and cut when the counts arrive
         bound = num_tokens * self.max_rows_per_token if x_TD.is_cuda else int(send_rows_G.sum())
         rank_N, token_N = goes_GT.nonzero_static(size=bound, fill_value=0).unbind(1)
         experts_NK = self._local_experts(wanted_GTL, rank_N, token_N)
         probs_NK = self._probs_of(probs_TE, rank_N, token_N, experts_NK)
         sent = row_map(token_N, num_tokens)
-        return InFlight(permute(x_TD, sent), probs_NK, Outgoing(experts_NK, sent, send_rows_G, counts))
+        return InFlight(x_TD, probs_NK, Outgoing(experts_NK, sent, send_rows_G, counts))
 
     def exchange(self, flight: InFlight) -> InFlight:
         out: Outgoing = flight.state
@@ -85,12 +85,12 @@ class RaggedDispatcher(Dispatcher):
         group_size = self.group.size()
         host = torch.cat([out.send_rows_G, received_GC[:, 0], received_GC[:, 1:].sum(0)]).tolist()  # the one device-to-host copy
         splits = Splits(tuple(host[:group_size]), tuple(host[group_size : 2 * group_size]))
-        x, probs, experts, sent = flight.x, flight.probs, out.experts_NK, out.sent
+        probs, experts, sent = flight.probs, out.experts_NK, out.sent
         num_sent = sum(splits.input)
-        if num_sent < x.shape[0]:
-            x, probs, experts = x[:num_sent], probs[:num_sent], experts[:num_sent]
+        if num_sent < probs.shape[0]:
+            probs, experts = probs[:num_sent], experts[:num_sent]
             sent = row_map(sent.index_M[:num_sent], sent.num_rows)
-        x_ND, probs_NK, experts_NK = exchange_rows(x, probs, experts, splits, self.group)
+        x_ND, probs_NK, experts_NK = exchange_rows(flight.x, probs, experts, sent, splits, self.group)
         return InFlight(x_ND, probs_NK, Received(experts_NK, host[2 * group_size :], sent, splits))
 
     def expand(self, flight: InFlight) -> tuple[Tensor, Tensor, Tensor, RaggedMetadata]:

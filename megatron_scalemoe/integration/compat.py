@@ -1,24 +1,18 @@
-"""Which Megatron-Core this package is tested against."""
+"""Refuses a Megatron-Core that this package is not tested with."""
 
 from __future__ import annotations
 
-import importlib.metadata
-
+from megatron_scalemoe.environment import MEGATRON_CORE_BELOW, MEGATRON_CORE_FROM, installed_version, is_supported_megatron
 from megatron_scalemoe.errors import ScaleMoEError
-
-TESTED_MEGATRON_CORE = ("0.16.1",)
 
 
 def check_megatron_core() -> str:
     """The installed megatron-core version. Raises `ScaleMoEError` when it is missing or outside the tested range."""
-    wanted = " or ".join(TESTED_MEGATRON_CORE)
-    fix = f"pip install megatron-core=={TESTED_MEGATRON_CORE[-1]}"
-    try:
-        version = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        raise ScaleMoEError(f"ScaleMoE needs megatron-core {wanted}", found="no megatron-core is installed", try_=fix) from None
-    if version.split("+")[0] not in TESTED_MEGATRON_CORE:
+    version = installed_version("megatron-core")
+    if version is None or not is_supported_megatron(version):
         raise ScaleMoEError(
-            f"ScaleMoE replaces modules inside megatron-core and is tested with {wanted} only", found=f"megatron-core {version}", try_=fix
+            f"ScaleMoE replaces modules inside megatron-core and is tested with >={MEGATRON_CORE_FROM},<{MEGATRON_CORE_BELOW}",
+            found=f"megatron-core {version}" if version else "no megatron-core is installed",
+            try_=f"pip install megatron-core=={MEGATRON_CORE_FROM}",
         )
     return version

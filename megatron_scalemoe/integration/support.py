@@ -49,7 +49,8 @@ def _grouped_problems(megatron: TransformerConfig) -> Iterator[str]:
     if megatron.moe_latent_size:
         yield f"{with_experts} --moe-latent-size: use --scalemoe-experts megatron"
     if megatron.use_te_activation_func or megatron.activation_func_clamp_value is not None or megatron.glu_linear_offset:
-        yield f"{with_experts} --use-te-activation-func, --activation-func-clamp-value or --glu-linear-offset: use --scalemoe-experts megatron"
+        flags = "--use-te-activation-func, --activation-func-clamp-value or --glu-linear-offset"
+        yield f"{with_experts} {flags}: use --scalemoe-experts megatron"
     if megatron.recompute_granularity == "selective" and "moe_act" in (megatron.recompute_modules or ()):
         yield f"{with_experts} --recompute-modules moe_act: recompute moe instead"
     if megatron.delay_wgrad_compute:

@@ -18,7 +18,7 @@ class PayloadLayout:
     row_bytes: int
 
 
-def payload_layout(parts: list[tuple[int, torch.dtype]]) -> PayloadLayout:
+def payload_layout(*parts: tuple[int, torch.dtype]) -> PayloadLayout:
     """Layout of a row whose parts have the given (columns, dtype), in that order, each aligned to its dtype."""
     placed, end = [], 0
     for columns, dtype in parts:
@@ -28,17 +28,14 @@ def payload_layout(parts: list[tuple[int, torch.dtype]]) -> PayloadLayout:
     return PayloadLayout(tuple(placed), _round_up(end, ROW_ALIGN_BYTES))
 
 
-def pack_rows(*parts: Tensor) -> tuple[Tensor, PayloadLayout]:
-    """Copy tensors [N, columns] side by side into a uint8 [N, row_bytes] tensor. The padding bytes are not initialised."""
-    layout = payload_layout([(part.shape[1], part.dtype) for part in parts])
-    payload = parts[0].new_empty((parts[0].shape[0], layout.row_bytes), dtype=torch.uint8)
-    for column, part in zip(unpack_rows(payload, layout), parts, strict=True):
-        column.copy_(part)
-    return payload, layout
+def new_payload(num_rows: int, layout: PayloadLayout, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """An uninitialised uint8 [num_rows, row_bytes] tensor and views of its parts to write into."""
+    payload = torch.empty((num_rows, layout.row_bytes), dtype=torch.uint8, device=device)
+    return payload, unpack(payload, layout)
 
 
-def unpack_rows(payload: Tensor, layout: PayloadLayout) -> tuple[Tensor, ...]:
-    """The parts of a payload, as views into it."""
+def unpack(payload: Tensor, layout: PayloadLayout) -> tuple[Tensor, ...]:
+    """The parts of a payload, [N, columns] each, as views into it."""
     return tuple(payload[:, start : start + columns * dtype.itemsize].view(dtype) for start, columns, dtype in layout.parts)
 
 

@@ -49,7 +49,8 @@ def unpermute(x_MD: Tensor, rows: RowMap) -> Tensor:
     return _Unpermute.apply(x_MD, rows)
 
 
-def _sum_rows(x_MD: Tensor, rows: RowMap) -> Tensor:
+def sum_rows(x_MD: Tensor, rows: RowMap) -> Tensor:
+    """`unpermute` without autograd."""
     # embedding_bag is PyTorch's segmented gather-sum: one pass over the rows, on CPU and CUDA
     return torch.nn.functional.embedding_bag(rows.order_M, x_MD, rows.offsets, mode="sum", include_last_offset=True)
 
@@ -63,7 +64,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_MD):
-        return _sum_rows(grad_MD.contiguous(), ctx.rows), None
+        return sum_rows(grad_MD.contiguous(), ctx.rows), None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -71,7 +72,7 @@ class _Unpermute(torch.autograd.Function):
     def forward(ctx, x_MD, rows):
         assert x_MD.dim() == 2 and x_MD.shape[0] == rows.index_M.numel(), (x_MD.shape, rows.index_M.shape)
         ctx.rows = rows
-        return _sum_rows(x_MD.contiguous(), rows)
+        return sum_rows(x_MD.contiguous(), rows)
 
     @staticmethod
     def backward(ctx, grad_ND):

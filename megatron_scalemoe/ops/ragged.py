@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.ops.payload import pack_rows, unpack_rows
+from megatron_scalemoe.ops.payload import new_payload, payload_layout, unpack
+from megatron_scalemoe.ops.permute import RowMap, sum_rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,13 +41,13 @@ def ragged_all_to_all(x: Tensor, input_splits: Sequence[int], output_splits: Seq
     return _RaggedAllToAll.apply(x, splits, group)
 
 
-def exchange_rows(x_ND: Tensor, probs_NK: Tensor, experts_NK: Tensor, splits: Splits, group: dist.ProcessGroup):
-    """Ragged all-to-all of rows with their probabilities and expert ids in the same payload: one collective forward, one backward.
+def exchange_rows(x_TD: Tensor, probs_NK: Tensor, experts_NK: Tensor, sent: RowMap, splits: Splits, group: dist.ProcessGroup):
+    """Permute by `sent` and ragged all-to-all, fused: rows are gathered straight into the payload, beside their probabilities and experts.
 
-    x_ND: any float dtype; probs_NK: any float dtype; experts_NK: int16. Returns the received (x, probs, experts); x and probs carry
-    gradients.
+    x_TD: any float dtype; probs_NK: any float dtype; experts_NK: int16. Returns the received (x, probs, experts) as views into one payload;
+    x and probs carry gradients, which make the way back as one payload too.
     """
-    return _ExchangeRows.apply(x_ND, probs_NK, experts_NK, splits, group)
+    return _ExchangeRows.apply(x_TD, probs_NK, experts_NK, sent, splits, group)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,15 +106,25 @@ class _RaggedAllToAll(torch.autograd.Function):
 
 class _ExchangeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND, probs_NK, experts_NK, splits, group):
-        payload, layout = pack_rows(x_ND, probs_NK, experts_NK)
-        x_MD, probs_MK, experts_MK = unpack_rows(_all_to_all(payload, splits, group), layout)
-        ctx.splits, ctx.group = splits, group
+    def forward(ctx, x_TD, probs_NK, experts_NK, sent, splits, group):
+        layout = payload_layout((x_TD.shape[1], x_TD.dtype), (probs_NK.shape[1], probs_NK.dtype), (experts_NK.shape[1], experts_NK.dtype))
+        payload, (x_ND, *rest) = new_payload(sent.index_M.numel(), layout, x_TD.device)
+        torch.index_select(x_TD, 0, sent.index_M, out=x_ND)
+        for column, values in zip(rest, (probs_NK, experts_NK), strict=True):
+            column.copy_(values)
+        x_MD, probs_MK, experts_MK = unpack(_all_to_all(payload, splits, group), layout)
+        ctx.sent, ctx.splits, ctx.group = sent, splits, group
         ctx.mark_non_differentiable(experts_MK)
         return x_MD, probs_MK, experts_MK
 
     @staticmethod
     def backward(ctx, grad_x_MD, grad_probs_MK, _):
-        payload, layout = pack_rows(grad_x_MD, grad_probs_MK)
-        grad_x_ND, grad_probs_NK = unpack_rows(_all_to_all(payload, ctx.splits.reversed(), ctx.group), layout)
-        return grad_x_ND, grad_probs_NK, None, None, None
+        layout = payload_layout((grad_x_MD.shape[1], grad_x_MD.dtype), (grad_probs_MK.shape[1], grad_probs_MK.dtype))
+        payload, columns = new_payload(grad_x_MD.shape[0], layout, grad_x_MD.device)
+        for column, values in zip(columns, (grad_x_MD, grad_probs_MK), strict=True):
+            column.copy_(values)
+        returned = _all_to_all(payload, ctx.splits.reversed(), ctx.group)
+        _, grad_probs_NK = unpack(returned, layout)
+        # Summing whole payload rows spares a copy; the columns behind x are meaningless as x.dtype and cut off.
+        grad_TD = sum_rows(returned.view(grad_x_MD.dtype), ctx.sent)[:, : grad_x_MD.shape[1]]
+        return grad_TD, grad_probs_NK, None, None, None, None
