@@ -1,0 +1,163 @@
+"""Megatron-Core on CPU ranks: stand-ins for the part of `torch.cuda` that Megatron-Core 0.16 calls, for gloo without a GPU.
+
+`install()` is the only way in and is called by choice (`--device cpu`, tests); importing this module changes nothing. It must run before
+`megatron.core` is imported, because Megatron binds some `torch.cuda` names at import; it then imports `megatron.core` itself and repairs
+what cannot work on a CPU. `torch.cuda.is_available()` stays False: code that asks gets the truth.
+
+Work on a CPU is done when the call returns, so streams and events have nothing to order and are empty. The "device" RNG is torch's default
+CPU generator, which is what dropout and weight initialisation draw from; Megatron forks it by saving and restoring its state. A data loader
+must therefore have a generator of its own, or a resumed run reads other random numbers than the run it continues.
+
+Not covered, because no CPU equivalent exists: fused kernels (set `bias_dropout_fusion`, `masked_softmax_fusion` and
+`gradient_accumulation_fusion` to False), CUDA graphs, Transformer Engine, `async_save`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import queue
+import sys
+from typing import Any
+
+import torch
+
+from megatron_scalemoe.errors import ScaleMoEError
+
+_CPU = torch.device("cpu")
+
+
+class CpuEvent:
+    """What `CpuStream.record_event` returns: already complete."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+class CpuStream:
+    """Stands in for `torch.cuda.Stream`: the work of a CPU stream is complete when the call returns."""
+
+    def __init__(self, device: Any = None, priority: int = 0):
+        pass
+
+    def wait_stream(self, stream: CpuStream) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self) -> CpuEvent:
+        """An event that is complete already."""
+        return CpuEvent()
+
+
+def install() -> None:
+    """Make Megatron-Core train on CPU ranks in this process; a second call does nothing.
+
+    Raises `ScaleMoEError` where CUDA is available (nothing to stand in for) and when `megatron.core` was imported before.
+    """
+    if torch.cuda.Stream is CpuStream:
+        return
+    if torch.cuda.is_available():
+        raise ScaleMoEError("CPU ranks are for machines without CUDA", found="torch.cuda.is_available()", try_="--device cuda")
+    if "megatron.core" in sys.modules:
+        raise ScaleMoEError(
+            "cpu_ranks.install() must run before megatron.core is imported",
+            found="megatron.core in sys.modules",
+            try_="call megatron_scalemoe.integration.cpu_ranks.install() first thing in main(), and import megatron.core after it",
+        )
+    _replace_streams()
+    _replace_rng()
+    _replace_device_names()
+    _import_megatron_without_inductor()
+    _repair_megatron()
+
+
+def _replace_streams() -> None:
+    only_stream = CpuStream()
+    # `device=torch.cuda.current_device()` is how Megatron makes most of its tensors, and how it moves router weights and rotary tables.
+    _set(torch.cuda, "current_device", lambda: _CPU)
+    _set(torch.cuda, "Stream", CpuStream)  # all-to-all dispatcher's copy stream, DDP's communication stream, shared experts
+    _set(torch.cuda, "current_stream", lambda device=None: only_stream)  # dispatcher, shared experts
+    _set(torch.cuda, "default_stream", lambda device=None: only_stream)  # gradient buckets of overlap_grad_reduce
+    _set(torch.cuda, "stream", lambda stream: contextlib.nullcontext(stream))  # dispatcher, shared experts
+    _set(torch.cuda, "synchronize", lambda device=None: None)  # timers, pipeline communication, checkpoint writer
+
+
+def _replace_rng() -> None:
+    """Megatron's RNG tracker and checkpoints read and write the device generator's state; here that is the default CPU generator."""
+    generator = torch.default_generator
+    _set(torch.cuda, "manual_seed", lambda seed: generator.manual_seed(int(seed)))  # model_parallel_cuda_manual_seed
+    _set(torch.cuda, "get_rng_state", lambda device="cuda": generator.get_state())  # tracker.add, checkpoints
+    _set(torch.cuda.random, "get_rng_state", lambda device="cuda": generator.get_state())  # tracker.fork
+    _set(torch.cuda, "set_rng_state", lambda state, device="cuda": generator.set_state(state))  # checkpoints
+    _set(torch.cuda, "default_generators", {_CPU: generator})  # tracker.fork, indexed by current_device()
+    _set(torch.cuda, "_lazy_call", lambda callback, **_: callback())  # tracker.fork: torch would queue it until CUDA starts, so for ever
+    # The tracker warns when the CPU generator moves inside a fork, an error on a GPU and the whole point here.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _replace_device_names() -> None:
+    # device="cuda" literals: loss scale, gradient norm, schedules, MoE metrics, causal masks, empty shards of parallel checkpoint loading.
+    for name in ("tensor", "zeros", "ones", "empty"):
+        _set(torch, name, _on_cpu(getattr(torch, name)))
+    _set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)  # tied embeddings over a pipeline, batch broadcast, optimizer gather
+    # Optimizers compare param.type() with 'torch.cuda.FloatTensor' and refuse every other name.
+    type_of = torch.Tensor.type
+    _set(torch.Tensor, "type", lambda self, *args, **kw: type_of(self, *args, **kw) if args or kw else _cuda_type_name(type_of(self)))
+
+
+def _on_cpu(factory: Any) -> Any:
+    """`factory` with device="cuda" read as the CPU."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _cuda_type_name(name: str) -> str:
+    """'torch.FloatTensor' -> 'torch.cuda.FloatTensor'."""
+    return name.replace("torch.", "torch.cuda.", 1)
+
+
+def _import_megatron_without_inductor() -> None:
+    """`megatron.core.jit.jit_fuser` is `torch.compile`, bound at import; inductor needs a C++ compiler and a warm-up, so leave functions as
+    they are. `torch.compile` itself is back in place afterwards."""
+    compile_ = torch.compile
+    _set(torch, "compile", lambda function: function)
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        _set(torch, "compile", compile_)
+
+
+def _repair_megatron() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # Router without Transformer Engine: the name is read and compared with None, but bound only where TE is installed.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        _set(moe_utils, "te_general_gemm", None)
+    # The all-to-all dispatcher turns split sizes into numpy only when it copies them from a GPU; all_to_all_single needs integers.
+    _set(token_dispatcher, "maybe_move_tensor_to_cpu", _splits_as_numpy)
+    # The checkpoint writer reports through the queue of a spawned manager process, which imports the user's script again. Saving is
+    # synchronous here, so that reader and writer are one process.
+    _set(filesystem_async, "_get_write_results_queue", functools.cache(_checkpoint_queue))
+
+
+def _splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _checkpoint_queue() -> queue.Queue:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if not filesystem_async.HAVE_PSUTIL:  # its writer process would die before it reports, and the save wait for ever
+        raise ScaleMoEError("saving a checkpoint needs psutil", found="psutil is not installed", try_="pip install psutil")
+    return queue.Queue()
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    setattr(owner, name, value)
