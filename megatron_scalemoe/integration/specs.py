@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.integration.compat import check_megatron_core
+from megatron_scalemoe.integration.experts import ScaleMoEGroupedMLP
 from megatron_scalemoe.integration.moe_layer import ScaleMoELayer
 from megatron_scalemoe.integration.router import ScaleMoERouter
 
@@ -26,16 +27,17 @@ def use_scalemoe(
     """A copy of `block_spec` (a block's or a layer's) in which every `MoELayer` is a `ScaleMoELayer`; the original is left alone.
 
     A custom router is kept (then nothing counts its tokens). Give `pg_collection` when the model is built with process groups other than
-    Megatron's global ones. Raises `ScaleMoEError` when the spec has no MoE layer or megatron-core is not a tested version.
+    Megatron's global ones. Raises `ScaleMoEError` when megatron-core is not a tested version, and when a layer's spec is not an MoE layer's;
+    a block without one is fine, as a pipeline stage may have dense layers only.
     """
     check_megatron_core()
     replaced = copy.deepcopy(block_spec)
     layers = replaced.layer_specs if isinstance(replaced, TransformerBlockSubmodules) else [replaced]
     moe_specs = [spec for layer in layers for spec in (layer, getattr(layer.submodules, "mlp", None)) if _is_moe(spec)]
-    if not moe_specs:
+    if not moe_specs and isinstance(replaced, ModuleSpec):
         raise ScaleMoEError(
-            "use_scalemoe needs a spec with at least one megatron MoELayer",
-            found=f"{type(block_spec).__name__} without one",
+            "use_scalemoe needs a layer spec whose mlp is megatron's MoELayer",
+            found=f"{replaced.module.__name__} without one",
             try_="build the spec with num_experts set",
         )
     for spec in moe_specs:
@@ -56,8 +58,6 @@ def _replace(spec: ModuleSpec, config: ScaleMoEConfig, pg_collection: ProcessGro
     if spec.submodules.router is TopKRouter:
         spec.submodules = dataclasses.replace(spec.submodules, router=functools.partial(ScaleMoERouter, scalemoe=config))
     if config.experts == "grouped":
-        from megatron_scalemoe.integration.experts import ScaleMoEGroupedMLP
-
         spec.submodules = dataclasses.replace(spec.submodules, experts=ModuleSpec(module=ScaleMoEGroupedMLP))
 
 

@@ -10,6 +10,7 @@ from megatron_scalemoe.dispatch.local import LocalDispatcher
 from megatron_scalemoe.dispatch.padded import PaddedDispatcher
 from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
 from megatron_scalemoe.ops.reference import moe_layer
+from megatron_scalemoe.ops.wire import WireMeter
 from tests.rank_pool import pool
 
 
@@ -153,3 +154,111 @@ def test_padded(name, world_size):
 def test_ragged_with_tensor_parallel_experts(expert_tp_size):
     case = Case(expert_tp_size=expert_tp_size, top_k=3)
     check(pool(4).run(run_case, "ragged", case), case, "ragged")
+
+
+def several_in_flight(order: list[int]) -> list[float]:
+    """Three dispatches of one dispatcher, stage by stage interleaved; returns each one's error against running it alone."""
+    dispatcher = make_dispatcher("ragged", Case())
+    inputs = [make_inputs(dataclasses.replace(Case(), tokens=16 + 8 * i), dist.get_rank()) for i in range(3)]
+    with torch.no_grad():
+        alone = []
+        for x, probs, routing_map in inputs:
+            rows, _, row_probs, metadata = dispatcher.dispatch(x, probs, routing_map)
+            alone.append(dispatcher.combine(rows * row_probs[:, None], metadata))
+        flights = {i: dispatcher.prepare(*inputs[i]) for i in order}
+        flights = {i: dispatcher.exchange(flights[i]) for i in order}
+        expanded = {i: dispatcher.expand(flights[i]) for i in reversed(order)}
+        reduced = {i: dispatcher.reduce(rows * probs[:, None], metadata) for i, (rows, _, probs, metadata) in expanded.items()}
+        returned = {i: dispatcher.exchange_back(reduced[i], expanded[i][3]) for i in order}
+        return [relative_error(dispatcher.restore(returned[i], expanded[i][3]), alone[i].double()) for i in range(3)]
+
+
+def test_several_dispatches_may_be_in_flight():
+    for errors in pool(2).run(several_in_flight, [2, 0, 1]):
+        assert errors == [0.0, 0.0, 0.0]
+
+
+def rows_of_first_expert() -> tuple[list, list]:
+    """Rows of this rank's first expert, which carry (source rank, token) in their values."""
+    rank = dist.get_rank()
+    tokens = 6
+    x = torch.stack([torch.full((tokens,), float(rank)), torch.arange(tokens).float()], 1)
+    routing_map = torch.zeros(tokens, 4, dtype=torch.bool)
+    routing_map[:, [0, 2]] = True
+    rows, tokens_per_expert, _, _ = make_dispatcher("ragged", Case(experts=4)).dispatch(x, routing_map.float(), routing_map)
+    return rows[: tokens_per_expert[0]].tolist(), tokens_per_expert.tolist()
+
+
+def test_rows_are_in_expert_source_token_order():
+    for rows, tokens_per_expert in pool(2).run(rows_of_first_expert):
+        assert rows == [[float(source), float(token)] for source in range(2) for token in range(6)]
+        assert tokens_per_expert == [12, 0]
+
+
+def bytes_of_dispatch(case: Case) -> tuple[int, int]:
+    """Bytes that left this rank in the forward dispatch, and the least that can: one row per token and other rank."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    x, probs, routing_map = make_inputs(case, rank)
+    with WireMeter() as meter, torch.no_grad():
+        make_dispatcher("ragged", case).dispatch(x, probs, routing_map)
+    goes_TG = routing_map.unflatten(1, (size, -1)).any(2)
+    pairs = int(goes_TG.sum() - goes_TG[:, rank].sum())
+    return meter.bytes_out, pairs * case.hidden * case.dtype.itemsize
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("world_size", "top_k"), [(2, 2), (4, 2), (4, 8)])
+def test_bytes_are_one_row_per_token_and_rank_plus_little(world_size, top_k, dtype):
+    case = Case(tokens=512, hidden=1024, top_k=top_k, dtype=dtype, experts=32)
+    for bytes_out, least in pool(world_size).run(bytes_of_dispatch, case):
+        assert least < bytes_out <= 1.03 * least
+
+
+def backward_collectives(case: Case) -> tuple[int, int]:
+    """Bytes of the forward and of the backward pass."""
+    x, probs, routing_map = make_inputs(case, dist.get_rank())
+    dispatcher = make_dispatcher("ragged", case)
+    with WireMeter() as meter:
+        rows, _, row_probs, metadata = dispatcher.dispatch(x, probs, routing_map)
+        y = dispatcher.combine(rows * row_probs[:, None], metadata)
+        forward = meter.bytes_out
+        y.sum().backward()
+    return forward, meter.bytes_out - forward
+
+
+def test_backward_moves_no_more_than_forward():
+    results = pool(4).run(backward_collectives, Case(tokens=256, hidden=256))
+    assert sum(backward for _, backward in results) <= sum(forward for forward, _ in results)
+
+
+def capacity_factor_drops() -> tuple[int, float]:
+    """With a capacity factor, the rows per expert and how much probability was dropped."""
+    case = Case(tokens=40, top_k=2, experts=4, skew=2.0)
+    x, probs, routing_map = make_inputs(case, dist.get_rank())
+    dispatcher = PaddedDispatcher(dist.group.WORLD, case.experts, case.top_k, capacity_factor=1.0)
+    rows, tokens_per_expert, row_probs, metadata = dispatcher.dispatch(x, probs, routing_map)
+    y = dispatcher.combine(rows * row_probs[:, None], metadata)
+    position = routing_map.cumsum(0) - 1
+    kept = probs * (routing_map & (position < 20))
+    error = relative_error(y, (x * kept.sum(1, keepdim=True)).double())
+    return int(tokens_per_expert[0]), error
+
+
+def test_padded_capacity_factor_keeps_the_first_tokens():
+    # ceil(1.0 * 40 tokens * 2 / 4 experts) = 20 rows from each of 2 ranks
+    for per_expert, error in pool(2).run(capacity_factor_drops):
+        assert per_expert == 40
+        assert error <= 1e-6
+
+
+def local_case(name: str) -> dict:
+    return run_case("local", CASES[name])
+
+
+@pytest.mark.parametrize("name", ["top1", "top2-skew1.5", "top8-of-8", "bf16", "all-empty", "dropped-tokens", "non-contiguous"])
+def test_local(name):
+    results = pool(2).run(local_case, name)
+    tolerance = 2e-2 if CASES[name].dtype == torch.bfloat16 else 1e-6
+    for result in results:
+        assert max(result["y"], result["grad_x"], result["grad_probs"]) <= tolerance
+        assert result["tokens"] == result["counts"]

@@ -1,0 +1,78 @@
+"""One training step and one evaluation, as Megatron's own training loop does them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from data import BatchShape, batches
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from model import Training
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Training and validation text and how a batch is cut from them."""
+
+    train: Tensor
+    valid: Tensor
+    shape: BatchShape
+    seed: int
+    device: torch.device
+
+
+def train_step(training: Training, data: Data, iteration: int) -> tuple[float, float, bool]:
+    """Forward, backward and update for one global batch. Returns the loss (mean over all ranks), the gradient norm, and whether the
+    update was done (False when a gradient was not finite)."""
+    training.model.train()
+    training.model.zero_grad_buffer()
+    training.optimizer.zero_grad()
+    loss = _run(training, data, data.train, data.seed, iteration, forward_only=False)
+    updated, grad_norm, _ = training.optimizer.step()
+    training.scheduler.step(increment=1)
+    return loss, float(grad_norm), bool(updated)
+
+
+@torch.no_grad()
+def evaluate(training: Training, data: Data, iters: int) -> float:
+    """Mean loss over `iters` validation batches, always the same ones."""
+    training.model.eval()
+    return sum(_run(training, data, data.valid, data.seed + 1, i, forward_only=True) for i in range(iters)) / iters
+
+
+def _run(training: Training, data: Data, text: Tensor, seed: int, iteration: int, *, forward_only: bool) -> float:
+    losses = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=batches(text, seed, iteration, data.shape, data.device),
+        model=[training.model],
+        num_microbatches=data.shape.num_micro_batches,
+        seq_length=data.shape.seq_length,
+        micro_batch_size=data.shape.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return _mean_over_ranks(losses, data.device)
+
+
+def _forward_step(micro_batches, model):
+    batch = next(micro_batches)
+    tokens = batch["tokens"]
+    position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    causal_mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).triu(1)
+    per_token_loss = model(tokens, position_ids, causal_mask, labels=batch["labels"])
+    return per_token_loss, _mean_loss
+
+
+def _mean_loss(per_token_loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = per_token_loss.float().mean()
+    return loss, {"lm loss": loss.detach().clone()}  # the schedule divides the loss in place
+
+
+def _mean_over_ranks(losses: list[dict[str, Tensor]], device: torch.device) -> float:
+    """Mean loss of all micro-batches of all data-parallel ranks, on every rank: only the last pipeline stage has losses."""
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
+        total += torch.tensor([float(sum(loss["lm loss"] for loss in losses)), len(losses)], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return float(total[0] / total[1])

@@ -1,0 +1,95 @@
+"""ragged_all_to_all against its twin, on 2 and 4 ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.ops import reference
+from megatron_scalemoe.ops.ragged import ragged_all_to_all
+from megatron_scalemoe.ops.wire import WireMeter
+from tests.rank_pool import RankFailed, pool
+
+
+def random_splits(seed: int, size: int) -> torch.Tensor:
+    """int [from, to], with many zeros; the same on every rank."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 6, (size, size), generator=g) * (torch.rand(size, size, generator=g) > 0.4)
+
+
+def exchange(seed: int, trailing: tuple, dtype: torch.dtype, contiguous: bool = True) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    splits = random_splits(seed, size)
+    inputs, outputs = splits[rank].tolist(), splits[:, rank].tolist()
+    x = (torch.randn(sum(inputs), *trailing) * 9).to(dtype)
+    if not contiguous:
+        x = (torch.randn(*trailing, sum(inputs)) * 9).to(dtype).movedim(-1, 0)
+    expected = reference.ragged_all_to_all(x, inputs, outputs, dist.group.WORLD)
+    if not dtype.is_floating_point:
+        assert torch.equal(ragged_all_to_all(x, inputs, outputs, dist.group.WORLD), expected)
+        return
+    x.requires_grad_()
+    y = ragged_all_to_all(x, inputs, outputs, dist.group.WORLD)
+    assert y.dtype == dtype
+    assert torch.equal(y.detach(), expected)
+    y.backward(y.detach())  # the gradient that makes the way back is the data itself
+    assert torch.equal(x.grad, x.detach())
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+@pytest.mark.parametrize("trailing", [(), (5,), (3, 2)])
+def test_against_twin(world_size, dtype, trailing):
+    pool(world_size).run(exchange, 3, trailing, dtype)
+
+
+def test_non_contiguous_input():
+    pool(2).run(exchange, 4, (5,), torch.float32, False)
+
+
+def nothing_at_all() -> int:
+    x = torch.zeros(0, 4, requires_grad=True)
+    y = ragged_all_to_all(x, [0] * dist.get_world_size(), [0] * dist.get_world_size(), dist.group.WORLD)
+    y.sum().backward()
+    return y.shape[0] + x.grad.shape[0]
+
+
+def test_no_rows():
+    assert pool(4).run(nothing_at_all) == [0, 0, 0, 0]
+
+
+def wrong_splits() -> str:
+    try:
+        ragged_all_to_all(torch.zeros(3, 2), [1, 1], [1, 1], dist.group.WORLD)
+    except ScaleMoEError as error:
+        return str(error)
+    return ""
+
+
+def test_splits_that_do_not_fit_are_refused_before_any_communication():
+    assert all("3 rows" in message for message in pool(2).run(wrong_splits))
+
+
+def count_bytes() -> int:
+    rank = dist.get_rank()
+    x = torch.ones(5, 4, requires_grad=True)  # 16 bytes a row; 2 rows to rank 0, 3 to rank 1
+    with WireMeter() as meter:
+        y = ragged_all_to_all(x, [2, 3], [2, 2] if rank == 0 else [3, 3], dist.group.WORLD)
+        y.sum().backward()
+    return meter.bytes_out
+
+
+def test_wire_meter_counts_what_leaves_the_rank_in_both_directions():
+    # rank 0 sends 3 rows and the gradients of 2; rank 1 sends 2 rows and the gradients of 3
+    assert pool(2).run(count_bytes) == [5 * 16, 5 * 16]
+
+
+def one_rank_leaves() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank 1 gives up")
+    ragged_all_to_all(torch.zeros(2, 1), [1, 1], [1, 1], dist.group.WORLD)
+
+
+def test_a_failing_rank_fails_the_task_with_its_own_message():
+    with pytest.raises(RankFailed, match="rank 1 gives up"):
+        pool(2).run(one_rank_leaves)
