@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scalemoe.config import ScaleMoEConfig
@@ -55,3 +57,25 @@ def _grouped_problems(megatron: TransformerConfig) -> Iterator[str]:
         yield f"{with_experts} --recompute-modules moe_act: recompute moe instead"
     if megatron.delay_wgrad_compute:
         yield f"{with_experts} --delay-wgrad-compute: remove it"
+    if megatron.use_kitchen:
+        yield f"{with_experts} --kitchen-config-file or --kitchen-recipe-number: use --scalemoe-experts megatron"
+    gated = megatron.gated_linear_unit and megatron.activation_func in (torch.nn.functional.silu, quick_gelu)
+    if megatron.bias_activation_fusion and not gated:  # Megatron's experts would fail in the first forward
+        yield f"{with_experts} a fused activation other than SwiGLU and quick GeGLU: add --no-bias-gelu-fusion"
+    if megatron.moe_apply_probs_on_input and megatron.moe_router_topk != 1:
+        yield f"{with_experts} --moe-apply-probs-on-input and --moe-router-topk {megatron.moe_router_topk}: only top-1 can do that"
+    yield from _grouped_mm_problems(megatron, with_experts)
+
+
+def _grouped_mm_problems(megatron: TransformerConfig, with_experts: str) -> Iterator[str]:
+    """What torch's grouped matrix multiplication cannot do."""
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        yield f"{with_experts} torch {torch.__version__}, which has no torch.nn.functional.grouped_mm: use torch 2.10 or newer"
+    row = 16 // megatron.params_dtype.itemsize  # rows must start at multiples of 16 bytes
+    tp, ffn = megatron.expert_tensor_parallel_size, megatron.moe_ffn_hidden_size or megatron.ffn_hidden_size
+    if megatron.hidden_size % row or ffn // tp % row:
+        sizes = f"--hidden-size {megatron.hidden_size} and --moe-ffn-hidden-size {ffn}"
+        yield f"{with_experts} {sizes}: each must be a multiple of {row}, the second on every one of {tp} expert-tensor-parallel ranks"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10:
+        # https://github.com/pytorch/pytorch/issues/172439
+        yield f"{with_experts} a Blackwell GPU, where torch's grouped_mm returns wrong gradients for experts without a row"
