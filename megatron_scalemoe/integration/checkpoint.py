@@ -42,7 +42,7 @@ class LoadedCheckpoint:
 
 def check_checkpoint_support(optimizer: Any = None) -> None:
     """Raises `ScaleMoEError` if a checkpoint could not be saved or loaded later; call it at start, before hours of training."""
-    if not filesystem_async.HAVE_PSUTIL:  # the library's writer process would die, and its parent wait for ever
+    if not filesystem_async.HAVE_PSUTIL:  # on GPUs the library's writer process would die, and its parent wait for ever
         raise ScaleMoEError("saving a checkpoint needs psutil", found="psutil is not installed", try_="pip install psutil")
     if optimizer is not None:
         checkpoint_optimizer.check_optimizer(optimizer)
@@ -171,11 +171,14 @@ def _check_extra(extra: dict[str, Any]) -> None:
     reserved = sorted(name for name in extra if _is_reserved(name))
     if reserved:
         raise ScaleMoEError("extra values need names that the checkpoint does not use itself", found=", ".join(reserved))
-    file = io.BytesIO()
-    with _as_user_error("extra values of a checkpoint must be plain data"):
-        torch.save(extra, file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
+    for name, value in extra.items():
+        file = io.BytesIO()
+        try:
+            torch.save(value, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception as error:
+            raise ScaleMoEError("extra values of a checkpoint must be plain data", found=f"{name} is a {type(value).__name__}") from error
 
 
 def _is_reserved(name: str) -> bool:

@@ -142,21 +142,32 @@ def _repair_megatron() -> None:
         _set(moe_utils, "te_general_gemm", None)
     # The all-to-all dispatcher turns split sizes into numpy only when it copies them from a GPU; all_to_all_single needs integers.
     _set(token_dispatcher, "maybe_move_tensor_to_cpu", _splits_as_numpy)
-    # The checkpoint writer reports through the queue of a spawned manager process, which imports the user's script again. Saving is
-    # synchronous here, so that reader and writer are one process.
-    _set(filesystem_async, "_get_write_results_queue", functools.cache(_checkpoint_queue))
+    # The checkpoint writer forks, which can deadlock below gloo's threads and is forbidden in daemonic workers, and it reports through the
+    # queue of a spawned process, which imports the user's script again. A CPU has no copy to overlap with: write here and now.
+    _set(filesystem_async.FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(_write_in_process))
+    _set(filesystem_async, "_get_write_results_queue", functools.cache(queue.Queue))
 
 
 def _splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _checkpoint_queue() -> queue.Queue:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+def _write_in_process(transforms: list, use_msc: bool, rank: int, buckets: list, results: queue.Queue) -> None:
+    """Writes each bucket as the forked writers would, and puts `{bucket index: written items}`, or the error, into `results`."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    if not filesystem_async.HAVE_PSUTIL:  # its writer process would die before it reports, and the save wait for ever
-        raise ScaleMoEError("saving a checkpoint needs psutil", found="psutil is not installed", try_="pip install psutil")
-    return queue.Queue()
+    written: Any = {}
+    for index, bucket in enumerate(buckets):
+        report: queue.Queue = queue.Queue()
+        running: queue.Queue = queue.Queue()
+        running.put(index)
+        FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, report, running, use_fsync=True, use_msc=use_msc)
+        _, outcome = report.get()
+        if isinstance(outcome, Exception):
+            written = outcome
+            break
+        written[index] = outcome
+    results.put(written)
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
