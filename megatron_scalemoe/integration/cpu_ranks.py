@@ -14,7 +14,6 @@ Not covered, because no CPU equivalent exists: fused kernels (set `bias_dropout_
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import queue
@@ -74,35 +73,33 @@ def install() -> None:
 def _replace_streams() -> None:
     only_stream = CpuStream()
     # `device=torch.cuda.current_device()` is how Megatron makes most of its tensors, and how it moves router weights and rotary tables.
-    _set(torch.cuda, "current_device", lambda: _CPU)
-    _set(torch.cuda, "Stream", CpuStream)  # all-to-all dispatcher's copy stream, DDP's communication stream, shared experts
-    _set(torch.cuda, "current_stream", lambda device=None: only_stream)  # dispatcher, shared experts
-    _set(torch.cuda, "default_stream", lambda device=None: only_stream)  # gradient buckets of overlap_grad_reduce
-    _set(torch.cuda, "stream", lambda stream: contextlib.nullcontext(stream))  # dispatcher, shared experts
-    _set(torch.cuda, "synchronize", lambda device=None: None)  # timers, pipeline communication, checkpoint writer
+    torch.cuda.current_device = lambda: _CPU
+    torch.cuda.Stream = CpuStream  # copy stream of the all-to-all dispatcher, shared experts
+    torch.cuda.current_stream = lambda device=None: only_stream  # dispatcher, shared experts
+    torch.cuda.synchronize = lambda device=None: None  # timers, pipeline communication, checkpoint writer
 
 
 def _replace_rng() -> None:
     """Megatron's RNG tracker and checkpoints read and write the device generator's state; here that is the default CPU generator."""
     generator = torch.default_generator
-    _set(torch.cuda, "manual_seed", lambda seed: generator.manual_seed(int(seed)))  # model_parallel_cuda_manual_seed
-    _set(torch.cuda, "get_rng_state", lambda device="cuda": generator.get_state())  # tracker.add, checkpoints
-    _set(torch.cuda.random, "get_rng_state", lambda device="cuda": generator.get_state())  # tracker.fork
-    _set(torch.cuda, "set_rng_state", lambda state, device="cuda": generator.set_state(state))  # checkpoints
-    _set(torch.cuda, "default_generators", {_CPU: generator})  # tracker.fork, indexed by current_device()
-    _set(torch.cuda, "_lazy_call", lambda callback, **_: callback())  # tracker.fork: torch would queue it until CUDA starts, so for ever
+    torch.cuda.manual_seed = lambda seed: generator.manual_seed(int(seed))  # model_parallel_cuda_manual_seed
+    torch.cuda.get_rng_state = lambda device="cuda": generator.get_state()  # tracker.add, checkpoints
+    torch.cuda.random.get_rng_state = lambda device="cuda": generator.get_state()  # tracker.fork
+    torch.cuda.set_rng_state = lambda state, device="cuda": generator.set_state(state)  # checkpoints
+    torch.cuda.default_generators = {_CPU: generator}  # tracker.fork, indexed by current_device()
+    torch.cuda._lazy_call = lambda callback, **_: callback()  # tracker.fork: torch would queue it until CUDA starts, so for ever
     # The tracker warns when the CPU generator moves inside a fork, an error on a GPU and the whole point here.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
 def _replace_device_names() -> None:
-    # device="cuda" literals: loss scale, gradient norm, schedules, MoE metrics, causal masks, empty shards of parallel checkpoint loading.
-    for name in ("tensor", "zeros", "ones", "empty"):
-        _set(torch, name, _on_cpu(getattr(torch, name)))
-    _set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)  # tied embeddings over a pipeline, batch broadcast, optimizer gather
+    # device="cuda" literals: loss scale and gradient norm (tensor), schedules and MoE metrics (zeros), causal masks (ones).
+    for name in ("tensor", "zeros", "ones"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # tied embeddings over a pipeline, batch broadcast, optimizer gather
     # Optimizers compare param.type() with 'torch.cuda.FloatTensor' and refuse every other name.
     type_of = torch.Tensor.type
-    _set(torch.Tensor, "type", lambda self, *args, **kw: type_of(self, *args, **kw) if args or kw else _cuda_type_name(type_of(self)))
+    torch.Tensor.type = lambda self, *args, **kw: type_of(self, *args, **kw) if args or kw else _cuda_type_name(type_of(self))
 
 
 def _on_cpu(factory: Any) -> Any:
@@ -126,11 +123,11 @@ def _import_megatron_without_inductor() -> None:
     """`megatron.core.jit.jit_fuser` is `torch.compile`, bound at import; inductor needs a C++ compiler and a warm-up, so leave functions as
     they are. `torch.compile` itself is back in place afterwards."""
     compile_ = torch.compile
-    _set(torch, "compile", lambda function: function)
+    torch.compile = lambda function: function
     try:
         import megatron.core  # noqa: F401
     finally:
-        _set(torch, "compile", compile_)
+        torch.compile = compile_
 
 
 def _repair_megatron() -> None:
@@ -139,13 +136,13 @@ def _repair_megatron() -> None:
 
     # Router without Transformer Engine: the name is read and compared with None, but bound only where TE is installed.
     if not hasattr(moe_utils, "te_general_gemm"):
-        _set(moe_utils, "te_general_gemm", None)
+        moe_utils.te_general_gemm = None
     # The all-to-all dispatcher turns split sizes into numpy only when it copies them from a GPU; all_to_all_single needs integers.
-    _set(token_dispatcher, "maybe_move_tensor_to_cpu", _splits_as_numpy)
+    token_dispatcher.maybe_move_tensor_to_cpu = _splits_as_numpy
     # The checkpoint writer forks, which can deadlock below gloo's threads and is forbidden in daemonic workers, and it reports through the
     # queue of a spawned process, which imports the user's script again. A CPU has no copy to overlap with: write here and now.
-    _set(filesystem_async.FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(_write_in_process))
-    _set(filesystem_async, "_get_write_results_queue", functools.cache(queue.Queue))
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_process)
+    filesystem_async._get_write_results_queue = functools.cache(queue.Queue)
 
 
 def _splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -168,7 +165,3 @@ def _write_in_process(transforms: list, use_msc: bool, rank: int, buckets: list,
             break
         written[index] = outcome
     results.put(written)
-
-
-def _set(owner: Any, name: str, value: Any) -> None:
-    setattr(owner, name, value)

@@ -61,6 +61,16 @@ def test_four_ranks_read_ep_2_at_ep_4_and_back(kind, saved, tmp_path):
         assert got == pytest.approx(want, abs=TOLERANCE[kind])
 
 
+@pytest.mark.parametrize("ep", [2, 1])
+@pytest.mark.parametrize("experts", ["megatron", "grouped"])
+def test_our_layers_read_stock_megatron_and_back(experts, ep, saved, tmp_path):
+    directory, want = saved("plain", 2)
+    for got in on_ranks(2, "resume", directory, dict(ep=ep, scalemoe_experts=experts), save_to=tmp_path):
+        assert got == pytest.approx(want, abs=1e-5)
+    for got in on_ranks(2, "resume", tmp_path, dict(ep=2)):
+        assert got == pytest.approx(want, abs=1e-6)
+
+
 def test_tensor_parallel_with_sequence_parallel_norm(saved):
     """The losses agree only if the norm's gradients are added up over the tensor-parallel ranks."""
     directory, want = saved("plain", 2)

@@ -74,6 +74,11 @@ def test_recomputed_activations_have_the_same_dropout():
     assert on_ranks(2, ep=2, dropout=0.3, recompute=True) == on_ranks(2, ep=2, dropout=0.3)
 
 
+def test_shared_expert_on_its_own_stream():
+    losses = on_ranks(2, ep=2, shared_expert=True)
+    assert losses[-1] < losses[0] - 0.1
+
+
 @pytest.mark.parametrize(("ranks", "options"), [(2, dict(pp=2)), (4, dict(tp=2, ep=2, dispatcher="allgather")), (4, dict(pp=2, ep=2))])
 def test_other_layouts_train(ranks, options):
     """That their losses are right is in test_checkpoint.py, where they start from common weights."""

@@ -1,4 +1,4 @@
-"""A GPT-MoE of stock Megatron-Core classes that trains a few steps in a second on CPU ranks. Imported by pool workers only."""
+"""A GPT-MoE, of stock Megatron-Core classes unless asked otherwise, that trains some steps in a second. Imported by pool workers only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.integration.norm import with_sequence_parallel_norm
+from megatron_scalemoe.integration.specs import use_scalemoe
 
 VOCABULARY, SEQUENCE, GLOBAL_BATCH = 64, 16, 8
 
@@ -37,6 +39,8 @@ class Setup:
     bf16: bool = False
     dropout: float = 0.0
     recompute: bool = False
+    shared_expert: bool = False
+    scalemoe_experts: str | None = None  # with a value: ScaleMoE's layers with these experts, instead of stock Megatron's
     seed: int = 1
     experts: int = 8
 
@@ -89,6 +93,8 @@ def _config(setup: Setup) -> TransformerConfig:
         options = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
     if setup.recompute:
         options.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if setup.shared_expert:
+        options.update(moe_shared_expert_intermediate_size=32, moe_shared_expert_overlap=True)
     return TransformerConfig(
         num_layers=2,
         hidden_size=32,
@@ -115,6 +121,8 @@ def _config(setup: Setup) -> TransformerConfig:
 
 def _model(config: TransformerConfig, setup: Setup) -> DistributedDataParallel:
     spec = with_sequence_parallel_norm(get_gpt_decoder_block_spec(config, use_transformer_engine=False))
+    if setup.scalemoe_experts:
+        spec = use_scalemoe(spec, ScaleMoEConfig(experts=setup.scalemoe_experts))
     stage = dict(pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage())
     model = GPTModel(config, spec, VOCABULARY, SEQUENCE, position_embedding_type="rope", share_embeddings_and_output_weights=True, **stage)
     if setup.bf16:
@@ -155,8 +163,7 @@ def _micro_batches(step: int):
 def _forward_step(micro_batches, model):
     tokens = next(micro_batches)
     positions = torch.arange(SEQUENCE).expand(len(tokens), -1)
-    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
-    output = model(tokens[:, :-1].contiguous(), positions, mask, labels=tokens[:, 1:].contiguous())
+    output = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
     return output, _mean_loss
 
 
