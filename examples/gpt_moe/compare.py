@@ -47,7 +47,7 @@ def compare_dispatchers(args, data: Data, checkpoint: str, log: RunLog) -> str:
     config = trainings[variants[0].label].config
     scalemoe = args.scalemoe or ScaleMoEConfig()
     dispatchers = make_dispatchers([variant.dispatcher for variant in variants], config, scalemoe, get_default_pg_collection())
-    measured = measure_dispatchers(dispatchers, routed, iters=args.compare_iters, warmup=2)
+    measured = measure_dispatchers(dispatchers, routed, iters=max(30, args.compare_iters), warmup=3)
     tokens = args.global_batch_size * args.seq_length
     rows = [_row(variant, losses, times_s, tokens, measured[variant.dispatcher], variants[0]) for variant in variants]
     log.write_json("compare.json", {"rows": rows, "iterations": args.compare_iters, "moe_layers_measured": len(routed)})

@@ -48,12 +48,12 @@ def _differing_settings(by_rank: list[dict[str, str]], ranks: list[int]) -> list
         for rank, settings in zip(ranks, by_rank, strict=True):
             holders.setdefault(settings.get(name, ABSENT), []).append(rank)
         if len(holders) > 1:
-            values = "; ".join(f"{value} on {_rank_text(held)}" for value, held in holders.items())
+            values = "; ".join(f"{value} on {rank_text(held)}" for value, held in holders.items())
             lines.append(f"--{name.replace('_', '-')}: {values}")
     return lines
 
 
-def _rank_text(ranks: list[int]) -> str:
+def rank_text(ranks: list[int]) -> str:
     """[0, 1, 2, 7] -> "ranks 0-2, 7": a job may have thousands."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):

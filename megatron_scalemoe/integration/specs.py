@@ -27,8 +27,8 @@ def use_scalemoe(
     """A copy of `block_spec` (a block's or a layer's) in which every `MoELayer` is a `ScaleMoELayer`; the original is left alone.
 
     A custom router is kept (then nothing counts its tokens). Give `pg_collection` when the model is built with process groups other than
-    Megatron's global ones. Raises `ScaleMoEError` when megatron-core is not a tested version, and when a layer's spec is not an MoE layer's;
-    a block without one is fine, as a pipeline stage may have dense layers only.
+    Megatron's global ones. Raises `ScaleMoEError` when megatron-core is not a tested version, and for a layer's spec without MoE; a block
+    without is fine, as a pipeline stage may have dense layers only.
     """
     check_megatron_core()
     replaced = copy.deepcopy(block_spec)

@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.integration.agreement import _canonical, _rank_text, check_ranks_agree
+from megatron_scalemoe.integration.agreement import _canonical, check_ranks_agree, rank_text
 from tests.rank_pool import pool
 
 SETTINGS = {"lr": 1e-4, "swiglu": True, "save": None, "data_path": ["a", "b"], "moe_router_topk": 2}
@@ -64,5 +64,5 @@ def test_the_text_of_a_value_is_the_same_in_every_process():
 
 
 def test_many_ranks_are_shown_as_ranges():
-    assert _rank_text([*range(1000), 1002]) == "ranks 0-999, 1002"
-    assert _rank_text([3]) == "rank 3"
+    assert rank_text([*range(1000), 1002]) == "ranks 0-999, 1002"
+    assert rank_text([3]) == "rank 3"

@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "gpt_moe" / "pretrain_gpt.py"
-TINY = (
-    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32 --num-experts 8"
-    " --micro-batch-size 2 --global-batch-size 8 --moe-aux-loss-coeff 0.01 --lr-warmup-iters 2 --log-interval 1 --eval-iters 1"
-).split()
+TINY = [
+    *("--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "32"),
+    *("--num-experts", "8", "--moe-aux-loss-coeff", "0.01", "--micro-batch-size", "2", "--global-batch-size", "8"),
+    *("--lr-warmup-iters", "2", "--log-interval", "1", "--eval-iters", "1"),
+]
 TIMEOUT_S = 240
 
 
