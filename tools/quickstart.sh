@@ -9,10 +9,10 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 
 EXAMPLE="$ROOT/examples/gpt_moe"
+# Help and mistakes in the flags come from one process, not from every rank.
+"$VENV_PYTHON" "$EXAMPLE/arguments.py" --config "$EXAMPLE/quickstart.yaml" "$@"
 for argument in "$@"; do
-    if [[ "$argument" == "-h" || "$argument" == "--help" ]]; then
-        exec "$VENV_PYTHON" "$EXAMPLE/pretrain_gpt.py" --help
-    fi
+    [[ "$argument" != "-h" && "$argument" != "--help" ]] || exit 0
 done
 
 # One rank per GPU. The expert-parallel size must divide both the ranks and quickstart.yaml's 8 experts.

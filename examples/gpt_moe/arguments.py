@@ -1,4 +1,7 @@
-"""The training script's flags, under Megatron's names. A YAML file of flags comes first, the command line wins."""
+"""The training script's flags, under Megatron's names. A YAML file of flags comes first, the command line wins.
+
+Run as a script it only checks the flags, without torch and before any rank starts.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,13 @@ def _config_parser() -> argparse.ArgumentParser:
 
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(description="Train a GPT-MoE with Megatron-Core.", parents=[_config_parser()], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="pretrain_gpt.py",
+        usage="%(prog)s [--config YAML] [flags]   (--help lists them)",
+        description="Train a GPT-MoE with Megatron-Core.",
+        parents=[_config_parser()],
+        allow_abbrev=False,
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is a GPU (default)")
     _add_model_flags(parser.add_argument_group("model"))
     _add_moe_flags(parser.add_argument_group("mixture of experts"))
@@ -148,6 +157,9 @@ def _flags_from_yaml(path: str) -> list[str]:
 
 
 def _check(args: argparse.Namespace) -> None:
+    missing = [path for path in args.data_path or () if not pathlib.Path(path).exists()]
+    if missing:
+        raise ScaleMoEError("--data-path names nothing that exists", found=", ".join(missing), try_="a text file or a folder of them")
     for name in ("train_iters", "micro_batch_size", "global_batch_size", "log_interval", "eval_iters", "save_interval", "eval_interval"):
         if getattr(args, name) < 1:
             raise ScaleMoEError(f"--{name.replace('_', '-')} must be at least 1", found=getattr(args, name))
@@ -166,3 +178,16 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.ckpt_step is not None and args.load is None:
         raise ScaleMoEError("--ckpt-step needs --load")
+
+
+def main() -> int:
+    try:
+        parse_args()
+    except ScaleMoEError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,9 +20,6 @@ VALID_SHARE = 0.05
 def load_text(data_path: list[str] | None) -> tuple[Tensor, Tensor]:
     """Training and validation text, uint8 [bytes]: the given files and folders, or the Python standard library's own sources."""
     paths = [pathlib.Path(p) for p in data_path] if data_path else [pathlib.Path(sysconfig.get_paths()["stdlib"])]
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing:
-        raise ScaleMoEError("--data-path names nothing that exists", found=", ".join(missing), try_="a text file or a folder of them")
     pattern = "**/*" if data_path else "*.py"
     files = [file for path in paths for file in (sorted(path.glob(pattern)) if path.is_dir() else [path]) if file.is_file()]
     content = bytearray()
