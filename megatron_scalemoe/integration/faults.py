@@ -53,7 +53,7 @@ def naming_dead_ranks(timeout_s: float = ANSWER_S) -> Iterator[None]:
         if failure is None:
             watch.close(leaving=f"left after {type(error).__name__}: {_first_line(error)}")
             raise
-        lost = watch.call_roll(timed_out="imed out" in str(failure))
+        lost = watch.call_roll(str(failure))
         watch.close()
         if not lost:
             raise
@@ -69,7 +69,7 @@ class _Watch:
         self.rank, self._answer_s = self._roll_call.rank, answer_s
         self._lost: Lost = {}
         self._decided = threading.Event()
-        self._timed_out, self._leaving = False, ""
+        self._failure = self._leaving = ""
         self._wake_end, self._waker = os.pipe()
         os.set_blocking(self._waker, False)  # as set_wakeup_fd demands
         self._poll = select.poll()  # not select(), which refuses the file numbers of a large job
@@ -84,9 +84,9 @@ class _Watch:
         self._thread = threading.Thread(target=self._run, name="scalemoe-roll-call", daemon=True)
         self._thread.start()
 
-    def call_roll(self, *, timed_out: bool) -> Lost:
+    def call_roll(self, failure: str) -> Lost:
         """The ranks that are lost; empty if all are there or it cannot be known. Bounded in time, even if the store hangs."""
-        self._timed_out = timed_out
+        self._failure = failure
         os.write(self._waker, _CALL)
         if not self._decided.wait(self._answer_s + 4 * POLL_S):
             self._lost = self._roll_call.loss_of_store()
@@ -153,7 +153,7 @@ class _Watch:
 
     def _call(self, leaving: str) -> Lost:
         try:
-            return self._roll_call.call(timed_out=self._timed_out, leaving=leaving)
+            return self._roll_call.call(failure=self._failure, leaving=leaving)
         except RuntimeError:
             return self._roll_call.loss_of_store()
 

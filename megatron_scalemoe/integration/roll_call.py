@@ -12,7 +12,7 @@ import time
 import torch.distributed as dist
 
 POLL_S = 0.5  # between two looks whether the roll is called
-_CALLS, _VERDICT = "calls", "verdict"
+_CALLS, _TIMED_OUT, _VERDICT = "calls", "timed out", "verdict"
 _ANSWER, _WAITING, _LEFT = "answer/", "waiting/", "left/"  # and the rank
 
 Lost = dict[int, str]  # global rank -> what is known about it
@@ -39,20 +39,23 @@ class RollCall:
         """Tell those who call later why this rank does not answer."""
         self._store.set(f"{_LEFT}{self.rank}", reason)
 
-    def call(self, *, timed_out: bool, leaving: str = "") -> Lost:
+    def call(self, *, failure: str = "", leaving: str = "") -> Lost:
         """The ranks that are lost, at most `answer_s` and two polls later; empty if all are there.
 
-        `timed_out`: this rank has waited in a collective until its timeout. Then ranks that answer, but have not waited as long, are lost.
-        `leaving`: why this rank will be lost, if no other is.
+        `failure`: what the collective said in which this rank waited for the others. If such a wait has timed out on any rank, ranks that
+        answer but were not waiting are lost. `leaving`: why this rank will be lost, if no other is.
         """
         deadline = time.monotonic() + self._answer_s
         self._store.set(f"{_ANSWER}{self.rank}", "")
-        if timed_out:
+        if failure:
             self._store.set(f"{_WAITING}{self.rank}", "")
+        if "imed out" in failure:
+            self._store.set(_TIMED_OUT, "")
         if self._store.add(_CALLS, 1) > 1:
             return self._wait_for_verdict(deadline + 2 * POLL_S)
         lost = self._silent(deadline)
-        if timed_out and not lost:
+        # The first to call may only have lost its connection to a rank that timed out.
+        if not lost and self._store.check([_TIMED_OUT]):
             lost = self._not_waiting(deadline)
         if leaving and not lost:
             lost = {self.rank: leaving}
