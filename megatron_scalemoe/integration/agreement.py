@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -17,11 +18,11 @@ ABSENT = "not set"
 def check_ranks_agree(settings: Mapping[str, object], group: dist.ProcessGroup | None = None) -> None:
     """Raises on every rank one `ScaleMoEError` that names each setting whose value differs, its values, and the ranks that have them.
 
-    `settings` maps argparse destinations to values, e.g. `vars(args)` without what is meant to differ between ranks. Values are compared by
-    their text; order in sets and mappings does not count. Collective over `group` (default: all ranks): it gathers a hash, and everything
-    only if the hashes differ.
+    `settings` maps argparse destinations to values, e.g. `vars(args)` without what is meant to differ between ranks. The fields of a dataclass
+    `scalemoe` count as settings `scalemoe_*`. Values are compared by their text; order in sets and mappings does not count. Collective over
+    `group` (default: all ranks): it gathers a hash, and everything only if the hashes differ.
     """
-    mine = {name: _canonical(value) for name, value in settings.items()}
+    mine = {name: _canonical(value) for name, value in _flat(settings).items()}
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     # If any two ranks differ, every rank sees a hash other than its own, so that all of them go on to the second gather.
     if set(_gather(digest, group)) == {digest}:
@@ -63,6 +64,14 @@ def rank_text(ranks: list[int]) -> str:
             runs.append([rank, rank])
     text = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
     return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
+
+
+def _flat(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings with dataclasses replaced by their fields, which take the place of a flag of the same name: it may be overridden there."""
+    flat = {name: value for name, value in settings.items() if not dataclasses.is_dataclass(value)}
+    for name in settings.keys() - flat.keys():
+        flat |= {f"{name}_{field.name}": getattr(settings[name], field.name) for field in dataclasses.fields(settings[name])}
+    return flat
 
 
 def _canonical(value: object) -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch.distributed as dist
 
+from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.integration.agreement import _canonical, check_ranks_agree, rank_text
 from tests.rank_pool import pool
@@ -40,6 +41,13 @@ def test_several_flags_and_a_missing_one():
     assert "--lr: 0.0001 on ranks 0, 2-3; 0.001 on rank 1" in messages[0]
     assert "--data-path: ['a', 'b'] on ranks 0, 2-3; ['a'] on rank 1" in messages[0]
     assert "--save: None on ranks 0-2; not set on rank 3" in messages[0]
+
+
+def test_the_fields_of_a_dataclass_are_flags():
+    configs = [ScaleMoEConfig(), ScaleMoEConfig(experts="grouped")]
+    messages = pool(2).run(disagreement, [{"scalemoe_experts": None, "scalemoe": config} for config in configs])
+    assert "--scalemoe-experts: 'megatron' on rank 0; 'grouped' on rank 1" in messages[0]
+    assert messages[0].count("--scalemoe") == 1
 
 
 def in_a_subgroup() -> str:
