@@ -39,16 +39,21 @@ class LayerCase:
     options: tuple = ()
 
 
-_groups: tuple[int, int, int, int] | None = None
+_layouts: dict[tuple[int, int, int, int], dict] = {}
 
 
 def initialize(tp: int, ep: int, expert_tp: int, pp: int = 1) -> None:
-    """Process groups of these sizes, made anew only when they change (a group costs a second over a file store), and fresh seeds."""
-    global _groups
-    if _groups != (tp, ep, expert_tp, pp):
+    """Process groups of these sizes and fresh seeds.
+
+    Making the groups of a layout takes seconds over a file store, and Megatron never frees them. So each layout is made once per process, and
+    Megatron's module state is switched between layouts.
+    """
+    layout = (tp, ep, expert_tp, pp)
+    if layout not in _layouts:
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=expert_tp)
-        _groups = (tp, ep, expert_tp, pp)
+        _layouts[layout] = {name: value for name, value in vars(parallel_state).items() if name.startswith("_") and name[1:].isupper()}
+    vars(parallel_state).update(_layouts[layout])
     torch.manual_seed(7)
     model_parallel_cuda_manual_seed(7, force_reset_rng=True)
 
