@@ -15,14 +15,15 @@ for argument in "$@"; do
     [[ "$argument" != "-h" && "$argument" != "--help" ]] || exit 0
 done
 
-# One rank per GPU. The expert-parallel size must divide both the ranks and quickstart.yaml's 8 experts.
-read -r ranks expert_parallel threads < <("$VENV_PYTHON" -c '
+# One rank per GPU. The expert-parallel size must divide both the ranks and quickstart.yaml's 8 experts; every rank has a micro-batch of 8.
+read -r ranks expert_parallel batch threads < <("$VENV_PYTHON" -c '
 import math, torch
 from megatron_scalemoe.environment import usable_cores
 ranks = torch.cuda.device_count() or 2
-print(ranks, math.gcd(ranks, 8), max(1, usable_cores() // ranks))')
+print(ranks, math.gcd(ranks, 8), max(16, 8 * ranks), max(1, usable_cores() // ranks))')
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 
 # The -- keeps torchrun from reading the training script's flags as abbreviations of its own.
 exec "$VENV_PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$ranks" -- \
-    "$EXAMPLE/pretrain_gpt.py" --config "$EXAMPLE/quickstart.yaml" --expert-model-parallel-size "$expert_parallel" "$@"
+    "$EXAMPLE/pretrain_gpt.py" --config "$EXAMPLE/quickstart.yaml" \
+    --expert-model-parallel-size "$expert_parallel" --global-batch-size "$batch" "$@"

@@ -10,10 +10,8 @@ import datetime
 import pathlib
 import sys
 
-import yaml
-
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.integration.arguments import add_scalemoe_args, scalemoe_config_from_args
+from megatron_scalemoe.integration.arguments import add_scalemoe_args, read_yaml_mapping, scalemoe_config_from_args
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -141,14 +139,9 @@ def _add_run_flags(group) -> None:
 
 
 def _flags_from_yaml(path: str) -> list[str]:
-    try:
-        values = yaml.safe_load(pathlib.Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ScaleMoEError(f"--config {path} cannot be read", found=error) from error
-    if not isinstance(values, dict):
-        raise ScaleMoEError(f"--config {path} must be a mapping of flags", found=type(values).__name__)
+    """The file's `name: value` pairs as command-line words, so that argparse checks both alike."""
     flags: list[str] = []
-    for name, value in values.items():
+    for name, value in read_yaml_mapping("--config", path).items():
         if value is False or value is None:
             continue
         items = value if isinstance(value, list) else [] if value is True else [value]

@@ -71,8 +71,8 @@ def transformer_config(args: argparse.Namespace, dispatcher_type: str) -> Transf
         "sequence_parallel": args.sequence_parallel or (args.tensor_model_parallel_size > 1 and args.num_experts is not None),
         "add_bias_linear": False,
         "bias_dropout_fusion": on_cuda,
-        "masked_softmax_fusion": on_cuda,
-        "gradient_accumulation_fusion": False,  # needs Apex
+        "masked_softmax_fusion": False,  # needs Apex, as the next one
+        "gradient_accumulation_fusion": False,
         "finalize_model_grads_func": finalize_model_grads,
     }
     try:

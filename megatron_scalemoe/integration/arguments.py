@@ -47,15 +47,16 @@ def scalemoe_config_from_args(args: argparse.Namespace) -> ScaleMoEConfig | None
         if given:
             raise ScaleMoEError(f"{', '.join(given)} needs --moe-dispatcher scalemoe", found="--moe-dispatcher stock")
         return None
-    from_file = _read_yaml(args.scalemoe_config) if args.scalemoe_config else {}
+    from_file = read_yaml_mapping("--scalemoe-config", args.scalemoe_config) if args.scalemoe_config else {}
     return config_from_dict({**from_file, **flags}, source=args.scalemoe_config or "flags")
 
 
-def _read_yaml(path: str) -> dict:
+def read_yaml_mapping(flag: str, path: str) -> dict:
+    """The mapping in the YAML file that `flag` names. Raises `ScaleMoEError` when it cannot be read or is something else."""
     try:
         values = yaml.safe_load(pathlib.Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ScaleMoEError(f"--scalemoe-config {path} cannot be read", found=error) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ScaleMoEError(f"{flag} {path} cannot be read", found=error) from error
     if not isinstance(values, dict):
-        raise ScaleMoEError(f"--scalemoe-config {path} must be a mapping of options", found=type(values).__name__)
+        raise ScaleMoEError(f"{flag} {path} must be a mapping of option names to values", found=type(values).__name__)
     return values

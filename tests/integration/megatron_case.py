@@ -45,8 +45,8 @@ _layouts: dict[tuple[int, int, int, int], dict] = {}
 def initialize(tp: int, ep: int, expert_tp: int, pp: int = 1) -> None:
     """Process groups of these sizes and fresh seeds.
 
-    Making the groups of a layout takes seconds over a file store, and Megatron never frees them. So each layout is made once per process, and
-    Megatron's module state is switched between layouts.
+    Making the groups of a layout takes seconds over a file store, and Megatron never frees them. So each layout is made once per process,
+    and Megatron's module state is switched between layouts.
     """
     layout = (tp, ep, expert_tp, pp)
     if layout not in _layouts:
