@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_scalemoe.dispatch.base import Dispatcher, InFlight
+from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.permute import RowMap, permute, row_map, unpermute
 from megatron_scalemoe.ops.ragged import PendingCounts, Splits, exchange_rows, ragged_all_to_all, start_count_exchange
 
@@ -71,8 +72,11 @@ class RaggedDispatcher(Dispatcher):
         goes_GT = wanted_GTL.any(2)
         send_rows_G = goes_GT.sum(1)
         counts = start_count_exchange(torch.cat([send_rows_G[:, None], wanted_GTL.sum(1)], 1), self.group)
-        # On CUDA the number of rows is not on the host yet: prepare the most there can be and cut when the counts arrive
-        bound = num_tokens * self.max_rows_per_token if x_TD.is_cuda else int(send_rows_G.sum())
+        if x_TD.is_cuda:  # the number of rows is not on the host yet: prepare the most there can be and cut when the counts arrive
+            bound = num_tokens * self.max_rows_per_token
+        else:
+            self._check_experts_per_row(wanted_GTL)
+            bound = int(send_rows_G.sum())
         rank_N, token_N = goes_GT.nonzero_static(size=bound, fill_value=0).unbind(1)
         experts_NK = self._local_experts(wanted_GTL, rank_N, token_N)
         probs_NK = self._probs_of(probs_TE, rank_N, token_N, experts_NK)
@@ -118,6 +122,16 @@ class RaggedDispatcher(Dispatcher):
         """bool [G, T, L]: does token t want expert l of rank g?"""
         wanted_BTL = routing_map_TE.unflatten(1, (-1, self.num_local_experts)).transpose(0, 1)
         return wanted_BTL.repeat_interleave(self.expert_tp_size, 0)
+
+    def _check_experts_per_row(self, wanted_GTL: Tensor) -> None:
+        """Experts beyond `max_experts_per_row` would be lost. Not checked on CUDA, where it would wait for the device."""
+        most = int(wanted_GTL.sum(2).max()) if wanted_GTL.numel() else 0
+        if most > self.max_experts_per_row:
+            raise ScaleMoEError(
+                f"this dispatcher was made for at most {self.max_experts_per_row} experts of one rank per token",
+                found=f"a token with {most}",
+                try_="a larger max_experts_per_token",
+            )
 
     def _local_experts(self, wanted_GTL: Tensor, rank_N: Tensor, token_N: Tensor) -> Tensor:
         """int16 [N, K]: ascending local expert ids of each row, then `num_local_experts` for none."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_scalemoe.dispatch.local import LocalDispatcher
 from megatron_scalemoe.dispatch.padded import PaddedDispatcher
 from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
+from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.reference import moe_layer
 from megatron_scalemoe.ops.wire import WireMeter
 from tests.rank_pool import pool
@@ -262,3 +263,18 @@ def test_local(name):
     for result in results:
         assert max(result["y"], result["grad_x"], result["grad_probs"]) <= tolerance
         assert result["tokens"] == result["counts"]
+
+
+def too_many_experts() -> str:
+    """A dispatcher for top-1 that is given a token with two experts."""
+    dispatcher = RaggedDispatcher(dist.group.WORLD, num_experts=4, max_experts_per_token=1)
+    routing_map = torch.tensor([[True, True, False, False]])
+    try:
+        dispatcher.prepare(torch.zeros(1, 2), routing_map.float(), routing_map)
+    except ScaleMoEError as error:
+        return str(error)
+    return ""
+
+
+def test_an_expert_is_never_dropped_silently():
+    assert all("a token with 2" in message for message in pool(2).run(too_many_experts))
