@@ -31,20 +31,29 @@ class RunLog:
             self.write_json("config.json", {"args": _plain(vars(args)), "env": describe_environment(sys.argv)})
 
     def log_interval(
-        self, iteration: int, iterations: int, loss: float, grad_norm: float, lr: float, load: float | None, skipped: int
+        self,
+        iteration: int,
+        losses: list[float],
+        grad_norm: float,
+        lr: float,
+        moe_losses: dict[str, float],
+        load: float | None,
+        skipped: int,
     ) -> None:
-        """Report `iterations` iterations that ended with `iteration`."""
-        elapsed_s = (time.perf_counter() - self.interval_start) / iterations
+        """Report the iterations with these losses, of which `iteration` is the last."""
+        elapsed_s = (time.perf_counter() - self.interval_start) / len(losses)
+        loss = sum(losses) / len(losses)
         tokens_per_s = self.args.global_batch_size * self.args.seq_length / elapsed_s
         if self.is_first_rank:
-            record = {"iteration": iteration, "lm_loss": loss, "grad_norm": grad_norm, "learning_rate": lr, "tokens_per_s": tokens_per_s}
+            record = {"iteration": iteration, "lm_loss": loss, **moe_losses, "grad_norm": grad_norm, "learning_rate": lr}
+            record["tokens_per_s"] = tokens_per_s
             if load is not None:
                 record["max_over_mean_load"] = load
             self.history.append(record)
             self.add_scalars(iteration, {name: value for name, value in record.items() if name != "iteration"})
-            self.bar.update(iterations)
+            self.bar.update(len(losses))
             self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s" + (f", load {load:.2f}" if load else ""))
-            self.say(_megatron_line(self.args, record, elapsed_s, skipped))
+            self.say(_megatron_line(self.args, record, moe_losses, elapsed_s, skipped))
         self.interval_start = time.perf_counter()
 
     def log_validation(self, iteration: int, loss: float) -> None:
@@ -80,13 +89,14 @@ class RunLog:
             self.writer.close()
 
 
-def _megatron_line(args, record: dict, elapsed_s: float, skipped: int) -> str:
+def _megatron_line(args, record: dict, moe_losses: dict[str, float], elapsed_s: float, skipped: int) -> str:
     """The log line that Megatron's users and their scripts know."""
     iteration = record["iteration"]
+    auxiliary = "".join(f" {name}: {loss:.6E} |" for name, loss in moe_losses.items())
     return (
         f" iteration {iteration:8d}/{args.train_iters:8d} | consumed samples: {iteration * args.global_batch_size:12d} |"
         f" elapsed time per iteration (ms): {elapsed_s * 1e3:.1f} | learning rate: {record['learning_rate']:.6E} |"
-        f" global batch size: {args.global_batch_size:5d} | lm loss: {record['lm_loss']:.6E} |"
+        f" global batch size: {args.global_batch_size:5d} | lm loss: {record['lm_loss']:.6E} |{auxiliary}"
         f" grad norm: {record['grad_norm']:.3f} | number of skipped iterations: {skipped:3d} |"
     )
 

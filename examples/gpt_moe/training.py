@@ -21,7 +21,7 @@ from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.integration.agreement import check_ranks_agree
 from megatron_scalemoe.integration.checkpoint import check_checkpoint_support, load_checkpoint, save_checkpoint
 from megatron_scalemoe.integration.faults import naming_dead_ranks
-from megatron_scalemoe.integration.metrics import mean_rank_load
+from megatron_scalemoe.integration.metrics import mean_aux_losses, mean_rank_load
 
 
 def train(args: argparse.Namespace) -> None:
@@ -118,8 +118,9 @@ def train_loop(args, training: Training, data: Data, log: RunLog, first: int, sa
         last = iteration == args.train_iters
         if iteration % args.log_interval == 0 or last:
             lr = training.optimizer.param_groups[0]["lr"]
+            moe = mean_aux_losses(training.config, len(losses) * data.shape.num_micro_batches) if args.num_experts else {}
             load = mean_rank_load([training.model])
-            log.log_interval(iteration, len(losses), sum(losses) / len(losses), grad_norm, lr, load, skipped)
+            log.log_interval(iteration, losses, grad_norm, lr, moe, load, skipped)
             losses = []
         if iteration % args.eval_interval == 0 or last:
             log.log_validation(iteration, evaluate(training, data, args.eval_iters))

@@ -69,6 +69,14 @@ def test_the_loss_curve_is_stock_megatrons(runs):
     assert max(abs(stock[i] - ours[i]) for i in stock) <= 1e-4
 
 
+def test_the_auxiliary_loss_is_stock_megatrons(runs):
+    folder, _, _ = runs
+    stock, ours = (json.loads((folder / "runs" / name / "train.json").read_text())["history"] for name in ("stock", "ours"))
+    pairs = [(a["load_balancing_loss"], b["load_balancing_loss"]) for a, b in zip(stock, ours, strict=True) if "lm_loss" in a]
+    assert len(pairs) == 100
+    assert all(a > 0.9 and abs(a - b) <= 1e-4 for a, b in pairs)  # 1 is a perfect balance
+
+
 def test_the_comparison_table(runs):
     folder, _, _ = runs
     rows = json.loads((folder / "runs" / "ours" / "compare.json").read_text())["rows"]
