@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_scalemoe.dispatch.base import Dispatcher, InFlight
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.permute import RowMap, permute, row_map, unpermute
-from megatron_scalemoe.ops.ragged import PendingCounts, Splits, exchange_rows, ragged_all_to_all, start_count_exchange
+from megatron_scalemoe.ops.ragged import PendingCounts, Splits, pack_rows, ragged_all_to_all, send_rows, start_count_exchange
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,11 +72,9 @@ class RaggedDispatcher(Dispatcher):
         goes_GT = wanted_GTL.any(2)
         send_rows_G = goes_GT.sum(1)
         counts = start_count_exchange(torch.cat([send_rows_G[:, None], wanted_GTL.sum(1)], 1), self.group)
-        if x_TD.is_cuda:  # the number of rows is not on the host yet: prepare the most there can be and cut when the counts arrive
-            bound = num_tokens * self.max_rows_per_token
-        else:
+        if not x_TD.is_cuda:
             self._check_experts_per_row(wanted_GTL)
-            bound = int(send_rows_G.sum())
+        bound = self._bound_rows(num_tokens, send_rows_G)
         rank_N, token_N = goes_GT.nonzero_static(size=bound, fill_value=0).unbind(1)
         experts_NK = self._local_experts(wanted_GTL, rank_N, token_N)
         probs_NK = self._probs_of(probs_TE, rank_N, token_N, experts_NK)
@@ -85,16 +83,17 @@ class RaggedDispatcher(Dispatcher):
 
     def exchange(self, flight: InFlight) -> InFlight:
         out: Outgoing = flight.state
+        payload, layout = pack_rows(flight.x, flight.probs, out.experts_NK, out.sent)
         received_GC = out.counts.wait()
         group_size = self.group.size()
         host = torch.cat([out.send_rows_G, received_GC[:, 0], received_GC[:, 1:].sum(0)]).tolist()  # the one device-to-host copy
         splits = Splits(tuple(host[:group_size]), tuple(host[group_size : 2 * group_size]))
-        probs, experts, sent = flight.probs, out.experts_NK, out.sent
+        probs, sent = flight.probs, out.sent
         num_sent = sum(splits.input)
-        if num_sent < probs.shape[0]:
-            probs, experts = probs[:num_sent], experts[:num_sent]
+        if num_sent < payload.shape[0]:
+            payload, probs = payload[:num_sent], probs[:num_sent]
             sent = row_map(sent.index_M[:num_sent], sent.num_rows)
-        x_ND, probs_NK, experts_NK = exchange_rows(flight.x, probs, experts, sent, splits, self.group)
+        x_ND, probs_NK, experts_NK = send_rows(flight.x, probs, (payload, layout), sent, splits, self.group)
         return InFlight(x_ND, probs_NK, Received(experts_NK, host[2 * group_size :], sent, splits))
 
     def expand(self, flight: InFlight) -> tuple[Tensor, Tensor, Tensor, RaggedMetadata]:
@@ -122,6 +121,10 @@ class RaggedDispatcher(Dispatcher):
         """bool [G, T, L]: does token t want expert l of rank g?"""
         wanted_BTL = routing_map_TE.unflatten(1, (-1, self.num_local_experts)).transpose(0, 1)
         return wanted_BTL.repeat_interleave(self.expert_tp_size, 0)
+
+    def _bound_rows(self, num_tokens: int, send_rows_G: Tensor) -> int:
+        """Rows to prepare. On CUDA their number is not on the host yet: the most there can be, cut when the counts arrive."""
+        return num_tokens * self.max_rows_per_token if send_rows_G.is_cuda else int(send_rows_G.sum())
 
     def _check_experts_per_row(self, wanted_GTL: Tensor) -> None:
         """Experts beyond `max_experts_per_row` would be lost. Not checked on CUDA, where it would wait for the device."""

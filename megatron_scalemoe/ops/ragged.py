@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.ops.payload import new_payload, payload_layout, unpack
+from megatron_scalemoe.ops.payload import PayloadLayout, new_payload, payload_layout, unpack
 from megatron_scalemoe.ops.permute import RowMap, sum_rows
 
 
@@ -41,13 +41,30 @@ def ragged_all_to_all(x: Tensor, input_splits: Sequence[int], output_splits: Seq
     return _RaggedAllToAll.apply(x, splits, group)
 
 
-def exchange_rows(x_TD: Tensor, probs_NK: Tensor, experts_NK: Tensor, sent: RowMap, splits: Splits, group: dist.ProcessGroup):
-    """Permute by `sent` and ragged all-to-all, fused: rows are gathered straight into the payload, beside their probabilities and experts.
+def pack_rows(x_TD: Tensor, probs_NK: Tensor, experts_NK: Tensor, sent: RowMap) -> tuple[Tensor, PayloadLayout]:
+    """Permute by `sent` straight into a payload: rows of x, beside them their probabilities (any float dtype) and experts (int16).
 
-    x_TD: any float dtype; probs_NK: any float dtype; experts_NK: int16. Returns the received (x, probs, experts) as views into one payload;
-    x and probs carry gradients, which make the way back as one payload too.
+    No gradient: `send_rows` has it. The two are apart so that packing needs no splits, and overlaps with the exchange of counts.
     """
-    return _ExchangeRows.apply(x_TD, probs_NK, experts_NK, sent, splits, group)
+    parts = (probs_NK, experts_NK)
+    layout = payload_layout((x_TD.shape[1], x_TD.dtype), *((part.shape[1], part.dtype) for part in parts))
+    payload, (x_ND, *columns) = new_payload(sent.index_M.numel(), layout, x_TD.device)
+    with torch.no_grad():
+        torch.index_select(x_TD, 0, sent.index_M, out=x_ND)
+        for column, part in zip(columns, parts, strict=True):
+            column.copy_(part)
+    return payload, layout
+
+
+def send_rows(
+    x_TD: Tensor, probs_NK: Tensor, packed: tuple[Tensor, PayloadLayout], sent: RowMap, splits: Splits, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ragged all-to-all of what `pack_rows` made from the same arguments; one collective forward, one backward.
+
+    Returns the received (x [M, D], probs [M, K], experts [M, K]) as views into one payload; x and probs carry gradients, to `x_TD` and
+    `probs_NK`.
+    """
+    return _SendRows.apply(x_TD, probs_NK, *packed, sent, splits, group)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,14 +121,9 @@ class _RaggedAllToAll(torch.autograd.Function):
         return _all_to_all(grad, ctx.splits.reversed(), ctx.group), None, None
 
 
-class _ExchangeRows(torch.autograd.Function):
+class _SendRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, probs_NK, experts_NK, sent, splits, group):
-        layout = payload_layout((x_TD.shape[1], x_TD.dtype), (probs_NK.shape[1], probs_NK.dtype), (experts_NK.shape[1], experts_NK.dtype))
-        payload, (x_ND, *rest) = new_payload(sent.index_M.numel(), layout, x_TD.device)
-        torch.index_select(x_TD, 0, sent.index_M, out=x_ND)
-        for column, values in zip(rest, (probs_NK, experts_NK), strict=True):
-            column.copy_(values)
+    def forward(ctx, x_TD, probs_NK, payload, layout, sent, splits, group):
         x_MD, probs_MK, experts_MK = unpack(_all_to_all(payload, splits, group), layout)
         ctx.sent, ctx.splits, ctx.group = sent, splits, group
         ctx.mark_non_differentiable(experts_MK)
@@ -127,4 +139,4 @@ class _ExchangeRows(torch.autograd.Function):
         _, grad_probs_NK = unpack(returned, layout)
         # Summing whole payload rows spares a copy; the columns behind x are meaningless as x.dtype and cut off.
         grad_TD = sum_rows(returned.view(grad_x_MD.dtype), ctx.sent)[:, : grad_x_MD.shape[1]]
-        return grad_TD, grad_probs_NK, None, None, None, None
+        return grad_TD, grad_probs_NK, None, None, None, None, None
