@@ -1,6 +1,6 @@
 """Adaptive all-to-all: one row per (token, destination rank), no padding, one payload collective per direction.
 
-Adaptive all-to-all is ScaleMoE's (PACT'25, section 4.1): gather the counts, send no zeros. Sending a token once to a rank however many
+Adaptive all-to-all is ScaleMoE's (Choi et al., PACT'25): gather the counts, send no zeros. Sending a token once to a rank however many
 of its experts live there, and adding up their outputs before the way back, goes beyond the paper. Probabilities and expert ids travel in
 the row's own payload, so the receiver needs no second collective to expand the rows.
 """
