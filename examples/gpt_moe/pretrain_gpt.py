@@ -5,7 +5,6 @@ torchrun --nproc_per_node 2 -- examples/gpt_moe/pretrain_gpt.py --config example
 
 import os
 import sys
-import warnings
 
 import torch
 from arguments import parse_args
@@ -36,8 +35,6 @@ def choose_device(device: str) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
-        # GPU libraries are no loss on a CPU, and the rest is between Megatron and torch
-        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|is deprecated|use DTensor).*")
         cpu_ranks.install()
 
 

@@ -48,6 +48,7 @@ def _bench(args: argparse.Namespace, backend: str) -> dict:
         num_layers=1,
         hidden_size=args.hidden,
         num_attention_heads=1,
+        moe_ffn_hidden_size=args.hidden,  # no experts are built; Megatron warns without it
         num_moe_experts=args.experts,
         moe_router_topk=args.topk,
         moe_router_pre_softmax=True,  # top-1 needs it; nothing is routed here

@@ -18,6 +18,7 @@ import functools
 import logging
 import queue
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ def install() -> None:
             found="megatron.core in sys.modules",
             try_="call megatron_scalemoe.integration.cpu_ranks.install() first thing in main(), and import megatron.core after it",
         )
+    # Missing GPU libraries are no loss here, and Megatron's use of old torch names is not the user's affair.
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|is deprecated|use DTensor).*")
     _replace_streams()
     _replace_rng()
     _replace_device_names()
