@@ -64,7 +64,7 @@ install_package() {
     local torch=("torch==2.13.0")
     has_cuda_torch "$VENV_PYTHON" && torch=()
     say "Installing into $ROOT/.venv; the first time this takes some minutes ..."
-    "$VENV_PYTHON" -m pip install --quiet "${torch[@]}" -e "$ROOT[train,dev]" >&2 ||
+    "$VENV_PYTHON" -m pip install --quiet "${torch[@]}" -e "$ROOT[train,report,dev]" >&2 ||
         die "pip could not install the package" "try:   read pip's message above; behind a proxy or mirror, configure pip for it (pip config)"
 }
 

@@ -7,10 +7,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table
+from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
 from megatron_scalemoe.cli.torchrun import run_ranks
 from megatron_scalemoe.environment import describe_environment, installed_version
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.files import check_output
 from megatron_scalemoe.units import format_bytes
 
 WORKER = "megatron_scalemoe.integration.bench_dispatch"

@@ -1,11 +1,10 @@
-"""What every sub-command shares: output flags, tables, and files that are written whole or not at all."""
+"""What every sub-command shares: output flags and tables."""
 
 import argparse
 import json
-import os
 from pathlib import Path
 
-from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.files import write_atomically
 
 OK = 0
 CHECK_FAILED = 3
@@ -27,33 +26,6 @@ def emit(args: argparse.Namespace, result: dict, text: str) -> None:
     print(as_json if args.json else text)
     if args.output is not None:
         write_atomically(args.output, as_json + "\n", force=args.force)
-
-
-def check_output(path: Path | None, *, force: bool) -> None:
-    """Raises `ScaleMoEError` if `--output` could not be written: called before a long run, not only after it."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise ScaleMoEError("--output must name a file", found=f"the directory {path}")
-    if path.exists() and not force:
-        raise ScaleMoEError(f"--output: {path} exists", try_="--force to overwrite it, or another name")
-    if not path.parent.is_dir():
-        raise ScaleMoEError("--output: the directory does not exist", found=path.parent, try_=f"mkdir -p {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise ScaleMoEError("--output: the directory is not writable", found=path.parent)
-
-
-def write_atomically(path: Path, text: str, *, force: bool) -> None:
-    """Writes a file through a temporary one beside it, so that no reader ever sees half of it. Overwrites only with `force`."""
-    check_output(path, force=force)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ScaleMoEError(f"--output: cannot write {path}", found=error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def format_table(headers: list[str], rows: list[list[object]]) -> str:

@@ -6,8 +6,9 @@ import platform
 import shutil
 from pathlib import Path
 
-from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table
+from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
 from megatron_scalemoe.environment import MEGATRON_CORE_BELOW, MEGATRON_CORE_FROM, installed_version, is_supported_megatron
+from megatron_scalemoe.files import check_output
 from megatron_scalemoe.units import format_bytes
 from megatron_scalemoe.version import __version__
 

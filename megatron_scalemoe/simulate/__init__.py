@@ -1,0 +1,1 @@
+"""Replaying a trace under a plan, a topology and a cost model."""

@@ -1,0 +1,176 @@
+"""`RoutingTrace`: how many tokens of each rank chose each expert, per recorded step and layer; and its npz file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.files import SCHEMA_VERSION, read_bytes, write_atomically
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerTraffic:
+    """The mean traffic of one layer in one step. G source ranks, E experts, S steps.
+
+    counts: float64 [G, E], tokens of rank g that choose expert e.
+    coactivation: float64 [E, E] or None, tokens (of all ranks) that choose both e and f; symmetric, zero diagonal.
+    loads: float64 [S, E], tokens for each expert in each single step, oldest first.
+    topk: experts per token.
+    """
+
+    counts: np.ndarray
+    coactivation: np.ndarray | None
+    loads: np.ndarray
+    topk: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """A recorded (or synthetic) routing. S steps, L layers, G source ranks, E experts.
+
+    counts: int32 [S, L, G, E], tokens of rank g that chose expert e.
+    coactivation: float64 [L, E, E] or None, tokens that chose both e and f; the diagonal holds those that chose e. It may come from a
+        sample of the tokens: only its size relative to its diagonal matters.
+    meta: `topk` (default 1), `iterations` (the iteration of each step; default 0, 1, 2...), and whatever made the trace.
+
+    Raises `ScaleMoEError` when shapes, types or values do not fit.
+    """
+
+    counts: np.ndarray
+    coactivation: np.ndarray | None = None
+    meta: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts = self.counts
+        if counts.ndim != 4 or not counts.size or counts.dtype.kind not in "iu":
+            raise ScaleMoEError("counts must be integers [steps, layers, ranks, experts]", found=f"{counts.dtype} {counts.shape}")
+        if counts.min() < 0 or counts.max() > np.iinfo(np.int32).max:
+            raise ScaleMoEError("counts must be 0 or more, and fit int32", found=f"{counts.min()}..{counts.max()}")
+        object.__setattr__(self, "counts", counts.astype(np.int32, copy=False))
+        self._check_coactivation()
+        if type(self.topk) is not int or not 1 <= self.topk <= counts.shape[3]:
+            raise ScaleMoEError(f"meta: topk must be an integer from 1 to the {counts.shape[3]} experts", found=repr(self.topk))
+        iterations = self.meta.get("iterations")
+        if iterations is not None and (
+            not isinstance(iterations, list) or len(iterations) != counts.shape[0] or not all(type(i) is int for i in iterations)
+        ):
+            raise ScaleMoEError("meta: iterations must name one iteration per step", found=repr(iterations)[:80])
+
+    def _check_coactivation(self) -> None:
+        if self.coactivation is None:
+            return
+        together = self.coactivation
+        layers, experts = self.counts.shape[1], self.counts.shape[3]
+        if together.shape != (layers, experts, experts) or together.dtype.kind not in "iuf":
+            problem = f"coactivation must be numbers [layers, experts, experts] = {(layers, experts, experts)}"
+            raise ScaleMoEError(problem, found=f"{together.dtype} {together.shape}")
+        together = together.astype(np.float64)
+        if not np.isfinite(together).all() or together.min() < 0 or not np.array_equal(together, together.transpose(0, 2, 1)):
+            raise ScaleMoEError("coactivation must be symmetric, finite and 0 or more")
+        object.__setattr__(self, "coactivation", together)
+
+    @property
+    def topk(self) -> int:
+        return self.meta.get("topk", 1)
+
+    @property
+    def iterations(self) -> list[int]:
+        """The training iteration of each step."""
+        return self.meta.get("iterations") or list(range(self.num_steps))
+
+    @property
+    def num_steps(self) -> int:
+        return self.counts.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return self.counts.shape[1]
+
+    @property
+    def num_ranks(self) -> int:
+        return self.counts.shape[2]
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts.shape[3]
+
+    @property
+    def content_hash(self) -> str:
+        """Equal for equal counts and co-activation."""
+        digest = hashlib.sha256(str(self.counts.shape).encode() + self.counts.astype("<i4").tobytes())
+        if self.coactivation is not None:
+            digest.update(self.coactivation.astype("<f8").tobytes())
+        return digest.hexdigest()
+
+    def layer(self, layer: int, steps: slice = slice(None)) -> LayerTraffic:
+        """The mean traffic of one layer over `steps`. `layer` -1 is not special: it is the last one."""
+        window = self.counts[steps, layer].astype(np.float64)
+        counts = window.mean(axis=0)
+        return LayerTraffic(counts, self._pairs_per_step(layer, counts.sum()), window.sum(axis=1), self.topk)
+
+    def _pairs_per_step(self, layer: int, selections: float) -> np.ndarray | None:
+        if self.coactivation is None:
+            return None
+        pairs = self.coactivation[layer].copy()
+        sampled = np.trace(pairs)
+        np.fill_diagonal(pairs, 0.0)
+        # Without a diagonal the pairs were counted over the whole trace.
+        return pairs * (selections / sampled if sampled > 0 else 1.0 / self.num_steps)
+
+
+def save_trace(trace: RoutingTrace, path: Path, *, force: bool = False) -> None:
+    """Writes `counts`, `coactivation` (if any) and `meta` (JSON text) as compressed npz, atomically."""
+    arrays = {"counts": trace.counts, "meta": np.array(json.dumps({**trace.meta, "schema_version": SCHEMA_VERSION}))}
+    if trace.coactivation is not None:
+        arrays["coactivation"] = trace.coactivation
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(path, buffer.getvalue(), force=force)
+
+
+def load_trace(path: Path) -> RoutingTrace:
+    """Reads and checks a trace file. Raises `ScaleMoEError` naming file and array."""
+    raw = read_bytes(path)
+    try:
+        with np.load(io.BytesIO(raw), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        KeyError,
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        SyntaxError,
+    ) as error:
+        raise ScaleMoEError(f"{path}: not a readable npz file", found=error, try_="scalemoe trace synth, or trace convert") from error
+    except Exception as error:  # zlib.error, struct.error, MemoryError of a corrupt header...: npz has no one error of its own
+        raise ScaleMoEError(f"{path}: a damaged npz file", found=error) from error
+    if "counts" not in arrays:
+        raise ScaleMoEError(f"{path}: counts: the array is missing", found=f"arrays {sorted(arrays)}")
+    try:
+        return RoutingTrace(arrays["counts"], arrays.get("coactivation"), _parse_meta(arrays.get("meta")))
+    except ScaleMoEError as error:
+        raise ScaleMoEError(f"{path}: {error}") from error
+
+
+def _parse_meta(array: np.ndarray | None) -> dict:
+    if array is None:
+        return {}
+    try:
+        meta = json.loads(str(array[()]))
+    except (ValueError, RecursionError) as error:
+        raise ScaleMoEError("meta: must be JSON text", found=error) from error
+    if not isinstance(meta, dict) or meta.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        raise ScaleMoEError(f"meta: must be a JSON mapping of schema_version {SCHEMA_VERSION}", found=str(meta)[:80])
+    return meta
