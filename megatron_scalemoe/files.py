@@ -9,8 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_scalemoe.errors import ScaleMoEError
 
 SCHEMA_VERSION = 1
@@ -105,6 +103,8 @@ class Document:
 
 def read_document(path: Path) -> Document:
     """Parses a `.json` file as JSON and any other as YAML. Raises `ScaleMoEError` naming file and line unless it is one mapping."""
+    import yaml  # here, as in `_line_of`: every sub-command imports this module, and --help must be quick
+
     try:
         text = read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -135,6 +135,8 @@ def _short(value: object) -> str:
 
 def _line_of(text: str, field: tuple) -> int | None:
     """Line of the last key of `field` that exists, by parsing again with positions (JSON is YAML). Only runs on the way to an error."""
+    import yaml
+
     try:
         node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, RecursionError, ValueError):

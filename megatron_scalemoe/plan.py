@@ -189,4 +189,4 @@ def _int_rows(document: Document, key: str) -> np.ndarray:
         for i, value in enumerate(row):
             if type(value) is not int or not -(2**31) <= value < 2**31:
                 raise document.error((key, layer, i), "must be an expert's number", found=repr(value)[:80])
-    return np.array(rows, dtype=np.int64).reshape(len(rows), -1)
+    return np.array(rows, dtype=np.int64)

@@ -10,22 +10,26 @@ OK = 0
 CHECK_FAILED = 3
 
 
-def add_output_flags(parser: argparse.ArgumentParser) -> None:
+def add_output_flags(parser: argparse.ArgumentParser, output_help: str = "also write the result, as JSON, to FILE") -> None:
     """`--json`, `-o/--output`, `--force`, `--quiet`. Results go to stdout, everything else to stderr."""
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
-    group.add_argument("-o", "--output", metavar="FILE", type=Path, help="also write the result, as JSON, to FILE")
+    group.add_argument("-o", "--output", metavar="FILE", type=Path, help=output_help)
     group.add_argument("--force", action="store_true", help="let --output overwrite FILE")
     group.add_argument("--quiet", action="store_true", help="no logs on stderr, unless something fails")
 
 
 def emit(args: argparse.Namespace, result: dict, text: str) -> None:
     """Prints a result as the output flags ask: `text`, or `result` as JSON."""
-    as_json = json.dumps(result, indent=2)
     # First the screen: a full disk must not cost the user a measured result.
-    print(as_json if args.json else text)
+    print_result(args, result, text)
     if args.output is not None:
-        write_atomically(args.output, as_json + "\n", force=args.force)
+        write_atomically(args.output, json.dumps(result, indent=2) + "\n", force=args.force)
+
+
+def print_result(args: argparse.Namespace, result: dict, text: str) -> None:
+    """For commands whose `--output` is something else than their result."""
+    print(json.dumps(result, indent=2) if args.json else text)
 
 
 def format_table(headers: list[str], rows: list[list[object]]) -> str:

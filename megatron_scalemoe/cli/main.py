@@ -4,14 +4,16 @@ Exit codes: 0 ok, 1 user error, 2 usage, 3 a check failed. Sub-commands import w
 """
 
 import argparse
+import os
 import sys
 
-from megatron_scalemoe.cli import bench, doctor
+from megatron_scalemoe.cli import bench, doctor, report, simulate, topology, trace
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.version import __version__
 
 USER_ERROR = 1
 INTERRUPTED = 130
+PIPE_CLOSED = 141
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,6 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     doctor.add_parser(commands)
     bench.add_parser(commands)
+    topology.add_parser(commands)
+    trace.add_parser(commands)
+    simulate.add_parser(commands)
+    report.add_parser(commands)
     return parser
 
 
@@ -28,12 +34,18 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = build_parser().parse_args(argv)
     try:
-        return args.handler(args)
+        code = args.handler(args)
+        sys.stdout.flush()
+        return code
     except ScaleMoEError as error:
         print(f"scalemoe: error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has seen enough (`| head`); Python must not try to flush the rest when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""`scalemoe simulate`: replay a trace on a cluster, under a plan or with replanning, beside the contiguous placement."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_scalemoe.cli.common import OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.cost_flags import add_cost_flags, cost_from_args
+from megatron_scalemoe.cli.inputs import load_plan_for, load_topology_and_trace
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.files import check_output
+from megatron_scalemoe.units import format_bytes
+
+if TYPE_CHECKING:
+    from megatron_scalemoe.cost.model import CostModel
+    from megatron_scalemoe.plan import PlacementPlan
+    from megatron_scalemoe.simulate.engine import Replay
+    from megatron_scalemoe.topology.graph import Topology
+    from megatron_scalemoe.topology.routes import Routes
+    from megatron_scalemoe.traffic.trace import RoutingTrace
+
+BASELINE = "contiguous"
+SOLVER = "memetic"
+# Recorded steps that a replan looks back on.
+HISTORY = 4
+PLANNING_FLAGS = ("solver", "replicas", "replan_every", "replan_lag", "time_budget")
+
+
+def _ms(name: str) -> Callable[[dict], str]:
+    return lambda summary: f"{summary[name] / 1e3:.3f} ms"
+
+
+ROWS: tuple[tuple[str, Callable[[dict], str]], ...] = (
+    ("step", _ms("step_us")),
+    ("  dispatch", _ms("dispatch_us")),
+    ("  combine", _ms("combine_us")),
+    ("  compute", _ms("compute_us")),
+    ("  replicas", _ms("replica_us")),
+    ("waiting", lambda s: f"{s['wait_share']:.1%}"),
+    ("max/mean rank load, mean", lambda s: f"{s['max_over_mean_mean']:.3f}"),
+    ("max/mean rank load, p95", lambda s: f"{s['max_over_mean_p95']:.3f}"),
+    ("bytes scale-out", lambda s: format_bytes(s["bytes_scale_out"])),
+    ("bytes scale-up", lambda s: format_bytes(s["bytes_scale_up"])),
+    ("plan changes", lambda s: f"{s['replans']}"),
+    ("bytes migrated, in all", lambda s: format_bytes(s["migrated_bytes"])),
+)
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds `simulate` to the command line."""
+    about = "replay a trace on a cluster: time, balance and bytes of each step"
+    parser = commands.add_parser("simulate", help=about, allow_abbrev=False, description=__doc__)
+    parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="the cluster, from scalemoe topology")
+    parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="the routing, from scalemoe trace")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan, from scalemoe plan; or plan now with the flags below")
+    parser.add_argument(
+        "--split", choices=("balanced", "even"), default="balanced", help="tokens between copies of an expert (%(default)s)"
+    )
+    parser.add_argument("--timeline", type=Path, metavar="FILE", help="also draw the last step, for ui.perfetto.dev (Chrome trace JSON)")
+    planning = parser.add_argument_group("planning", "once from the whole trace, or again and again from what was known by then")
+    planning.add_argument("--solver", metavar="NAME", help=f"as in scalemoe plan ({SOLVER})")
+    planning.add_argument("--replicas", type=int, metavar="N", help="extra slots per layer, over all ranks: a multiple of them (0)")
+    planning.add_argument("--replan-every", type=int, metavar="N", help="make a new plan every N recorded steps (1, with --replan-lag)")
+    planning.add_argument("--replan-lag", type=int, metavar="N", help="its newest counts are N recorded steps old (1, with --replan-every)")
+    planning.add_argument("--time-budget", type=float, metavar="S", help="seconds for each plan (10; 1 when replanning)")
+    planning.add_argument("--seed", type=int, default=0, metavar="N", help="of the solver (%(default)s)")
+    add_cost_flags(parser)
+    add_output_flags(parser)
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replays, prints and writes."""
+    validate(args)
+    check_output(args.output, force=args.force)
+    if args.timeline is not None:
+        check_output(args.timeline, force=args.force)
+    from megatron_scalemoe.plan import PlacementPlan
+    from megatron_scalemoe.simulate.engine import replay_fixed, replay_plans
+    from megatron_scalemoe.topology.routes import compute_routes
+
+    topology, trace = load_topology_and_trace(args.topology, args.trace, quiet=args.quiet)
+    cost = cost_from_args(args, trace.meta)
+    routes = compute_routes(topology)
+    contiguous = PlacementPlan.contiguous(trace.num_layers, trace.num_ranks, trace.num_experts)
+    policy, plans, warm_up_steps = _policy(args, trace, topology, routes, cost, contiguous)
+    inputs = {"routes": routes, "topology": topology, "cost": cost, "even": args.split == "even", "warm_up_steps": warm_up_steps}
+    replay = baseline = replay_fixed(trace, contiguous, **inputs)
+    if policy != BASELINE:
+        with _progress_bar(args, trace.num_steps) as progress:
+            replay = replay_plans(trace, plans, progress=lambda step: progress.update(step - progress.n), **inputs)
+    result = _result(args, policy, replay, baseline)
+    emit(args, result, format_result(result))
+    if args.timeline is not None:
+        _write_timeline(args, replay, topology)
+    return OK
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Raises `ScaleMoEError` for flags that do not go together or are out of range."""
+    for name in PLANNING_FLAGS:
+        if args.plan is not None and getattr(args, name) is not None:
+            raise ScaleMoEError(f"--{name.replace('_', '-')} makes a plan, --plan gives one: use one of them")
+    for name, least in (("replicas", 0), ("replan_every", 1), ("replan_lag", 0), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ScaleMoEError(f"--{name.replace('_', '-')} must be {least} or more", found=value)
+    if args.time_budget is not None and not 0 < args.time_budget < float("inf"):
+        raise ScaleMoEError("--time-budget must be a number of seconds above 0", found=args.time_budget)
+
+
+def _policy(
+    args: argparse.Namespace, trace: RoutingTrace, topology: Topology, routes: Routes, cost: CostModel, contiguous: PlacementPlan
+) -> tuple[str, Iterable[PlacementPlan], int]:
+    """(name, a plan for each step, warm-up steps without one of them)."""
+    if args.plan is not None:
+        return args.plan.name, [load_plan_for(args.plan, trace, args.trace, topology)] * trace.num_steps, 0
+    if all(getattr(args, name) is None for name in PLANNING_FLAGS):
+        return BASELINE, [contiguous] * trace.num_steps, 0
+    from megatron_scalemoe.placement.solve import solve_trace
+    from megatron_scalemoe.simulate.engine import replanned
+    from megatron_scalemoe.topology.ports import ports_of
+
+    solver, replicas = args.solver or SOLVER, args.replicas or 0
+    if replicas % trace.num_ranks:
+        raise ScaleMoEError("--replicas must be a multiple of the ranks", found=f"{replicas}, {trace.num_ranks} ranks")
+    ports = ports_of(topology, routes)
+    replanning = args.replan_every is not None or args.replan_lag is not None
+    budget_s = args.time_budget or (1.0 if replanning else 10.0)
+
+    def planner(trace: RoutingTrace, steps: slice, _: PlacementPlan) -> PlacementPlan:
+        options = {"solver": solver, "replicas": replicas, "seed": args.seed, "time_budget_s": budget_s, "steps": steps}
+        return solve_trace(trace, ports, cost, **options).plan
+
+    name = f"{solver} + {replicas} replicas" if replicas else solver
+    if not replanning:
+        return name, [planner(trace, slice(None), contiguous)] * trace.num_steps, 0
+    every, lag = (1 if value is None else value for value in (args.replan_every, args.replan_lag))
+    return f"{name}, every {every}, lag {lag}", replanned(trace, contiguous, planner, every=every, lag=lag, history=HISTORY), lag
+
+
+def _progress_bar(args: argparse.Namespace, steps: int):
+    """On a terminal only."""
+    from tqdm import tqdm
+
+    return tqdm(total=steps, unit="step", desc="simulate", file=sys.stderr, leave=False, disable=True if args.quiet else None)
+
+
+def _write_timeline(args: argparse.Namespace, replay: Replay, topology: Topology) -> None:
+    from megatron_scalemoe.simulate.timeline import drawn_layers, write_timeline
+
+    steps, layers = replay.total_us.shape
+    write_timeline(replay, topology.node_of_rank, steps - 1, args.timeline, force=args.force)
+    if drawn_layers(replay) < layers and not args.quiet:
+        print(f"scalemoe: note: {args.timeline} shows {drawn_layers(replay)} of {layers} layers", file=sys.stderr)
+
+
+def _result(args: argparse.Namespace, policy: str, replay: Replay, baseline: Replay) -> dict:
+    _, layers, ranks = replay.load.shape
+    own, other = replay.summary(), baseline.summary()
+    return {
+        "policy": policy,
+        **own,
+        "speedup": other["step_us"] / own["step_us"],
+        "split": args.split,
+        "topology": str(args.topology),
+        "trace": str(args.trace),
+        "layers": layers,
+        "ranks": ranks,
+        "baseline": {"policy": BASELINE, **other},
+    }
+
+
+def format_result(result: dict) -> str:
+    """The table that people read, and a line of what it means."""
+    columns = [result["baseline"]] + ([result] if result["policy"] != BASELINE else [])
+    table = format_table(["", *(c["policy"] for c in columns)], [[label, *(show(c) for c in columns)] for label, show in ROWS])
+    counted = f"Mean of {result['steps']} recorded steps (one micro-batch, {result['layers']} MoE layers, {result['ranks']} ranks)"
+    if result["warm_up_steps"]:
+        counted += f"; the first {result['warm_up_steps']}, before the first plan, are left out"
+    return f"{table}\n\n{counted}.\n{_meaning(result)}"
+
+
+def _meaning(result: dict) -> str:
+    before, faster = result["baseline"], result["speedup"]
+    waits = f"{result['wait_share']:.1%} of the step is waiting for the most loaded rank"
+    if result["policy"] == BASELINE:
+        return f"Under the contiguous placement {waits}; a plan with replicas can take most of it away."
+    pace = f"{faster:.2f}x faster" if faster >= 1.005 else f"{1 / faster:.2f}x slower" if faster <= 0.995 else "As fast as"
+    than = "than the contiguous placement" if pace != "As fast as" else "the contiguous placement"
+    balance = f"max/mean rank load {before['max_over_mean_mean']:.2f} -> {result['max_over_mean_mean']:.2f}"
+    return f"{pace} {than}: {balance}; {waits} (was {before['wait_share']:.1%})."

@@ -1,0 +1,62 @@
+"""The simple placements that every other is measured against: contiguous, random, and greedy by load.
+
+Each returns int64 [E], the rank of each expert's home, E/G homes on every rank. `deadline` (a `time.monotonic()` value) is not needed:
+all end at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps
+from megatron_scalemoe.placement.problem import LayerProblem
+
+
+def solve_contiguous(
+    problem: LayerProblem, *, rng: np.random.Generator, deadline: float, progress: Callable[[float], None] | None = None
+) -> np.ndarray:
+    """Megatron's own: expert e on rank e // (E/G)."""
+    return contiguous_homes(problem)
+
+
+def contiguous_homes(problem: LayerProblem) -> np.ndarray:
+    """int64 [E]: 0 0 0 1 1 1 2 2 2 ..."""
+    return np.repeat(np.arange(problem.num_ranks), problem.homes_per_rank)
+
+
+def solve_random(
+    problem: LayerProblem, *, rng: np.random.Generator, deadline: float, progress: Callable[[float], None] | None = None
+) -> np.ndarray:
+    """A uniformly random one."""
+    return rng.permutation(contiguous_homes(problem))
+
+
+def solve_greedy(
+    problem: LayerProblem, *, rng: np.random.Generator, deadline: float, progress: Callable[[float], None] | None = None
+) -> np.ndarray:
+    """Longest processing time first (Graham 1969) with E/G experts a rank: heaviest expert first, each on the least loaded rank with room;
+    between equally loaded ranks, where its rows need the least time at the in-ports."""
+    home_rank_E = np.empty(problem.num_experts, dtype=np.int64)
+    load_G, room_G = np.zeros(problem.num_ranks), np.full(problem.num_ranks, problem.homes_per_rank)
+    receive_us_EG = _receive_us(problem)
+    for e in np.argsort(-problem.load, kind="stable"):
+        open_G = np.where(room_G > 0, load_G, np.inf)
+        least = np.flatnonzero(open_G == open_G.min())
+        home_rank_E[e] = rank = least[receive_us_EG[e, least].argmin()]
+        load_G[rank] += problem.load[e]
+        room_G[rank] -= 1
+    return home_rank_E
+
+
+def _receive_us(problem: LayerProblem) -> np.ndarray:
+    """float64 [E, G]: time of expert e's selections through the in-ports of rank g, if it lived there."""
+    ports, counts_EG = problem.ports, problem.traffic.counts.T
+    in_node_GN = (ports.node_of_rank[:, None] == np.arange(ports.num_nodes)).astype(np.float64)
+    own_node_EG = (counts_EG @ in_node_GN)[:, ports.node_of_rank]
+    near_EG, far_EG = own_node_EG - counts_EG, problem.load[:, None] - own_node_EG
+    bytes_us = problem.cost.row_bytes / BYTES_PER_US_PER_GBps
+    return bytes_us * (
+        near_EG / ports.scale_up_in_GBps + far_EG / np.minimum(ports.scale_out_in_GBps, ports.node_in_GBps[ports.node_of_rank])
+    )

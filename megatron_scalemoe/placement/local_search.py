@@ -1,0 +1,94 @@
+"""Local search over homes: the best swap of two experts, again and again, then kicks from the best placement until the time is up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_scalemoe.placement.port_model import port_model
+from megatron_scalemoe.placement.problem import LayerProblem
+from megatron_scalemoe.placement.swap_delta import SwapTable
+
+# Candidate swaps judged at once: all of them up to 90 experts, a sample above.
+_CANDIDATES = 4096
+# A gain below this part of the cost is rounding.
+LEAST_GAIN = 1e-9
+# Kicks without a better placement before the search ends.
+_PATIENCE = 60
+
+
+def descend(table: SwapTable, *, rng: np.random.Generator, deadline: float) -> None:
+    """Takes the best swap until none is better: among the busiest ranks' experts, else among all (or a sample, if there are many)."""
+    while time.monotonic() < deadline:
+        below = table.objective_us * (1 - LEAST_GAIN)
+        for e_K, f_K in (_pairs_of_busiest(table, rng), _pairs_of_all(table, rng)):
+            objective_K = table.objectives(e_K, f_K, below)
+            if objective_K.size and objective_K.min() < below:
+                best = objective_K.argmin()
+                table.swap(e_K[best], f_K[best])
+                break
+        else:
+            return
+
+
+def kick(home_rank_E: np.ndarray, swaps: int, rng: np.random.Generator) -> np.ndarray:
+    """int64 [E]: a copy with the homes of some random experts passed around."""
+    kicked_E = home_rank_E.copy()
+    moved = rng.choice(home_rank_E.size, size=min(2 * swaps, home_rank_E.size), replace=False)
+    kicked_E[moved] = kicked_E[np.roll(moved, 1)]
+    return kicked_E
+
+
+def solve_local_search(
+    problem: LayerProblem, *, rng: np.random.Generator, deadline: float, progress: Callable[[float], None] | None = None
+) -> np.ndarray:
+    """int64 [E] home ranks: descent from the contiguous placement, then from kicks of the best one.
+
+    deadline: a `time.monotonic()` value. progress: called with each better cost in us (at the ports, without latencies).
+    """
+    table = SwapTable(port_model(problem), np.repeat(np.arange(problem.num_ranks), problem.homes_per_rank))
+    descend(table, rng=rng, deadline=deadline)
+    best_E, best, failures = table.home_rank_E.copy(), table.objective_us, 0
+    if progress:
+        progress(table.total_us)
+    while failures < _PATIENCE and time.monotonic() < deadline:
+        table.reset(kick(best_E, int(rng.integers(2, 6)), rng))
+        descend(table, rng=rng, deadline=deadline)
+        failures += 1
+        if table.objective_us < best * (1 - LEAST_GAIN):
+            best_E, best, failures = table.home_rank_E.copy(), table.objective_us, 0
+            if progress:
+                progress(table.total_us)
+    return best_E
+
+
+def _pairs_of_busiest(table: SwapTable, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Experts of the busiest ranks, each with every expert elsewhere. Nothing where `_pairs_of_all` is small enough itself."""
+    home_rank_E = table.home_rank_E
+    experts = home_rank_E.size
+    if experts * (experts - 1) // 2 <= _CANDIDATES:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    busy = np.flatnonzero(np.isin(home_rank_E, table.busiest_ranks()))
+    e_K, f_K = np.repeat(busy, experts), np.tile(np.arange(experts), busy.size)
+    return _of_different_ranks(*_sample(e_K, f_K, rng), home_rank_E)
+
+
+def _pairs_of_all(table: SwapTable, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    experts = table.home_rank_E.size
+    if experts * (experts - 1) // 2 <= _CANDIDATES:
+        return _of_different_ranks(*np.triu_indices(experts, 1), table.home_rank_E)
+    return _of_different_ranks(*rng.integers(experts, size=(2, _CANDIDATES)), table.home_rank_E)
+
+
+def _sample(e_K: np.ndarray, f_K: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    if e_K.size <= _CANDIDATES:
+        return e_K, f_K
+    chosen = rng.integers(e_K.size, size=_CANDIDATES)
+    return e_K[chosen], f_K[chosen]
+
+
+def _of_different_ranks(e_K: np.ndarray, f_K: np.ndarray, home_rank_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    different = home_rank_E[e_K] != home_rank_E[f_K]
+    return e_K[different], f_K[different]

@@ -1,0 +1,95 @@
+"""Improvement of a placement with replicas: the largest rank load under the best split, over many loads at once.
+
+Under the best split, the largest rank load is that of the worst set of ranks R (a cut): tokens of the experts with all their hosts in R,
+divided by |R| (max flow = min cut). Cuts found for one placement are lower bounds for every other; so a pool of them rejects most of
+hundreds of moves in a few array operations, and only the most promising one is split exactly, which either is an improvement or adds
+the cuts that were missing.
+
+Suffixes: B loads (cases), G ranks, E logical experts, K cuts, M moves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_scalemoe.placement.problem import Solution
+from megatron_scalemoe.placement.replicate_moves import draw_moves, moved
+from megatron_scalemoe.split import balanced_max_load
+
+MOVES_PER_DRAW = 1536
+LARGEST_POOL = 64
+# Arrays of this many moves x cases x cuts stay in the cache.
+_MOVES_AT_ONCE = 64
+# Draws without a promising move before the search ends.
+PATIENCE = 6
+# Smaller gains, relative to the largest load, are not worth a move.
+SMALLEST_GAIN = 2e-4
+
+
+def improve(
+    start: Solution,
+    loads_BE: np.ndarray,
+    cost_us: Callable[[Solution, float], float],
+    *,
+    replicas: int,
+    per_rank: int,
+    draws: int,
+    rng: np.random.Generator,
+    deadline: float,
+) -> Solution:
+    """The best placement found, by `cost_us(placement, mean over cases of the largest rank load)`, in `draws` rounds of moves.
+
+    replicas, per_rank: how many are allowed in total and on a rank. deadline: a `time.monotonic()` value.
+    """
+    best = start
+    largest_B, cuts_BG = balanced_max_load(loads_BE, best.hosts)
+    best_us, pool_KG, idle = cost_us(best, largest_B.mean()), np.unique(cuts_BG, axis=0), 0
+    for _ in range(draws):
+        above_B = np.where(cuts_BG.all(axis=1), 0.0, largest_B - loads_BE.sum(axis=1) / best.hosts.shape[1])
+        wanted = largest_B.mean() * (1 - SMALLEST_GAIN)
+        if idle >= PATIENCE or above_B.mean() < SMALLEST_GAIN * largest_B.mean() or time.monotonic() > deadline:
+            break
+        moves = draw_moves(best, cuts_BG, above_B, MOVES_PER_DRAW, replicas=replicas, per_rank=per_rank, rng=rng)
+        bound_M = lower_bounds(best, moves, pool_KG, loads_BE)
+        if not moves.size or bound_M.min() >= wanted:
+            idle += 1
+            continue
+        tried = moved(best, moves[bound_M.argmin()])
+        tried_B, tried_cuts_BG = balanced_max_load(loads_BE, tried.hosts)
+        pool_KG = _newest_first(tried_cuts_BG, pool_KG)
+        if tried_B.mean() < wanted and (tried_us := cost_us(tried, tried_B.mean())) < best_us:
+            best, best_us, largest_B, cuts_BG, idle = tried, tried_us, tried_B, tried_cuts_BG, 0
+    return best
+
+
+def lower_bounds(solution: Solution, moves: np.ndarray, pool_KG: np.ndarray, loads_BE: np.ndarray) -> np.ndarray:
+    """float32 [M]: lower bounds of the mean over cases of the largest rank load after each move, from cuts `pool_KG` (bool)."""
+    experts, ranks = solution.hosts.shape
+    beyond_GK = np.zeros((ranks + 1, len(pool_KG)), dtype=np.float32)
+    beyond_GK[:ranks] = ~pool_KG.T
+    outside_EK = np.ones((experts + 1, len(pool_KG)), dtype=np.float32)  # how many hosts of each expert are not in the cut
+    outside_EK[:experts] = solution.hosts.astype(np.float32) @ beyond_GK[:ranks]
+    load_EB = np.zeros((experts + 1, len(loads_BE)), dtype=np.float32)
+    load_EB[:experts] = loads_BE.T
+    per_rank_K = 1 / pool_KG.sum(axis=1, dtype=np.float32)
+    inside_BK = load_EB.T @ (outside_EK == 0) * per_rank_K
+    bound_M = np.empty(len(moves), dtype=np.float32)
+    for first in range(0, len(moves), _MOVES_AT_ONCE):
+        some = moves[first : first + _MOVES_AT_ONCE]
+        load_MBK = inside_BK
+        for expert, left, joined in (some[:, :3].T, some[:, 3:].T):
+            before_MK = outside_EK[expert]
+            after_MK = before_MK - beyond_GK[left] + beyond_GK[joined]
+            gain_MK = ((after_MK == 0) * per_rank_K) - ((before_MK == 0) * per_rank_K)
+            load_MBK = load_MBK + load_EB[expert][:, :, None] * gain_MK[:, None, :]
+        bound_M[first : first + len(some)] = load_MBK.max(axis=2).mean(axis=1)
+    return bound_M
+
+
+def _newest_first(new_KG: np.ndarray, pool_KG: np.ndarray) -> np.ndarray:
+    both_KG = np.concatenate([new_KG, pool_KG])
+    _, first = np.unique(both_KG, axis=0, return_index=True)
+    return both_KG[np.sort(first)[:LARGEST_POOL]]

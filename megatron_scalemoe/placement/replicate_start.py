@@ -1,0 +1,120 @@
+"""Constructions of placements with replicas, from loads alone: each in one pass, without search.
+
+Suffixes: G ranks, E logical experts.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from megatron_scalemoe.placement.problem import Solution
+
+
+def chained_replicas(
+    load_E: np.ndarray, home_rank_E: np.ndarray, node_of_rank_G: np.ndarray, *, target: float, replicas: int, per_rank: int, own_node: bool
+) -> Solution:
+    """Replicas that bring every rank to `target` tokens, as few as possible, at most `replicas`, and `per_rank` on a rank.
+
+    Walker's alias method (1974), with ranks for buckets: the most loaded rank passes of its heaviest expert what fills the least loaded one
+    exactly; if it falls below the target by that, another fills it in turn. So G - 1 replicas, one per rank, can balance any homes exactly,
+    and each replica is a link of a chain along which later drift evens out.
+
+    own_node: look first in the node of the expert's home, where replicas are cheaper.
+    """
+    ranks = node_of_rank_G.size
+    solution = Solution.without_replicas(home_rank_E, ranks)
+    hosts_EG, tokens_EG = solution.hosts, np.where(solution.hosts, load_E[:, None], 0.0)
+    load_G, free_G = tokens_EG.sum(axis=0), np.full(ranks, per_rank)
+    waiting_G = np.ones(ranks, dtype=bool)
+    for _ in range(replicas):
+        giver = expert = taker = -1
+        while taker < 0:
+            giver = int(np.where(waiting_G, load_G, -1.0).argmax())
+            if not waiting_G[giver] or load_G[giver] <= target * (1 + 1e-9):
+                return solution
+            expert = int(tokens_EG[:, giver].argmax())
+            taker = _taker(load_G, (free_G > 0) & ~hosts_EG[expert], target, own_node, node_of_rank_G == node_of_rank_G[home_rank_E[expert]])
+            waiting_G[giver] = taker >= 0
+        moved = min(target - load_G[taker], tokens_EG[expert, giver])
+        hosts_EG[expert, taker] = True
+        free_G[taker] -= 1
+        tokens_EG[expert, giver] -= moved
+        tokens_EG[expert, taker] += moved
+        load_G[giver] -= moved
+        load_G[taker] += moved
+    return solution
+
+
+def _taker(load_G: np.ndarray, can_G: np.ndarray, target: float, own_node: bool, near_G: np.ndarray) -> int:
+    """The least loaded rank below the target that can hold the replica, or -1."""
+    can_G = can_G & (load_G < target * (1 - 1e-9))
+    if own_node and (can_G & near_G).any():
+        can_G = can_G & near_G
+    return int(np.where(can_G, load_G, np.inf).argmin()) if can_G.any() else -1
+
+
+def packed_replicas(load_E: np.ndarray, home_rank_E: np.ndarray, *, ranks: int, replicas: int, per_rank: int) -> Solution:
+    """Each copy goes to the expert with the largest load per copy; then the copies, heaviest first, to the least loaded rank with room
+    (EPLB's shape, for an even split). As many homes as possible stay where `home_rank_E` has them.
+    """
+    experts = load_E.size
+    copies_E = _copies(load_E, replicas, ranks)
+    room_G = np.full(ranks, experts // ranks + per_rank)
+    load_G, hosts_EG = np.zeros(ranks), np.zeros((experts, ranks), dtype=bool)
+    for expert in np.repeat(np.arange(experts), copies_E)[np.argsort(-np.repeat(load_E / copies_E, copies_E), kind="stable")]:
+        can_G = (room_G > 0) & ~hosts_EG[expert]
+        if not can_G.any():
+            continue  # every rank with room has this expert
+        rank = int(np.where(can_G, load_G, np.inf).argmin())
+        hosts_EG[expert, rank] = True
+        room_G[rank] -= 1
+        load_G[rank] += load_E[expert] / copies_E[expert]
+    return _with_homes(hosts_EG, load_E / copies_E, home_rank_E, replicas, per_rank)
+
+
+def _copies(load_E: np.ndarray, replicas: int, ranks: int) -> np.ndarray:
+    copies_E = np.ones(load_E.size, dtype=np.int64)
+    heap = [(-load, expert) for expert, load in enumerate(load_E)]
+    heapq.heapify(heap)
+    for _ in range(replicas):
+        _, expert = heap[0]
+        copies_E[expert] += 1
+        if copies_E[expert] == ranks:
+            heapq.heappop(heap)
+        else:
+            heapq.heapreplace(heap, (-load_E[expert] / copies_E[expert], expert))
+    return copies_E
+
+
+def _with_homes(hosts_EG: np.ndarray, load_of_copy_E: np.ndarray, home_rank_E: np.ndarray, replicas: int, per_rank: int) -> Solution:
+    """Makes one host of each expert its home, E/G on each rank. Where copies leave a rank without enough homes, an expert from elsewhere
+    takes the place of the replica with the least load.
+    """
+    experts, ranks = hosts_EG.shape
+    seat_rank = np.repeat(np.arange(ranks), experts // ranks)
+    price_EG = np.where(hosts_EG, np.where(np.arange(ranks) == home_rank_E[:, None], 0.0, 1.0), 2.0 * experts)
+    solution = Solution.without_replicas(seat_rank[linear_sum_assignment(price_EG[:, seat_rank])[1]], ranks)
+    expert, rank = np.nonzero(hosts_EG & ~solution.hosts)
+    order = np.argsort(-load_of_copy_E[expert], kind="stable")
+    by_rank = order[np.argsort(rank[order], kind="stable")]
+    place = np.arange(by_rank.size) - np.searchsorted(rank[by_rank], rank[by_rank])
+    fits = np.zeros(order.size, dtype=bool)
+    fits[by_rank] = place < per_rank
+    kept = order[fits[order]][:replicas]
+    solution.hosts[expert[kept], rank[kept]] = True
+    return solution
+
+
+def balanced_homes(load_E: np.ndarray, ranks: int) -> np.ndarray:
+    """int64 [E]: the experts, heaviest first, each to the least loaded rank that has fewer than E/G."""
+    home_rank_E = np.empty(load_E.size, dtype=np.int64)
+    heap = [(0.0, 0, rank) for rank in range(ranks)]
+    for expert in np.argsort(-load_E, kind="stable"):
+        load, homes, rank = heapq.heappop(heap)
+        home_rank_E[expert] = rank
+        if homes + 1 < load_E.size // ranks:
+            heapq.heappush(heap, (load + load_E[expert], homes + 1, rank))
+    return home_rank_E

@@ -1,0 +1,215 @@
+"""`solve_layer` and `solve_trace`: any solver by name, replicas, lower bound and gap; from a trace to a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.placement.baselines import contiguous_homes, solve_contiguous, solve_greedy, solve_random
+from megatron_scalemoe.placement.bounds import lower_bound_us
+from megatron_scalemoe.placement.clustering import solve_clustering
+from megatron_scalemoe.placement.exact import solve_exact
+from megatron_scalemoe.placement.genetic import solve_genetic, solve_genetic_paper
+from megatron_scalemoe.placement.hierarchical import solve_hierarchical
+from megatron_scalemoe.placement.local_search import solve_local_search
+from megatron_scalemoe.placement.memetic import solve_memetic
+from megatron_scalemoe.placement.objective import placement_cost
+from megatron_scalemoe.placement.problem import LayerProblem, Solution
+from megatron_scalemoe.placement.processes import run_jobs
+from megatron_scalemoe.placement.replicate import add_replicas
+from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.split import balanced_shares
+from megatron_scalemoe.topology.ports import Ports
+from megatron_scalemoe.traffic.trace import LayerTraffic, RoutingTrace
+from megatron_scalemoe.version import __version__
+
+SOLVERS: dict[str, Callable[..., np.ndarray | Solution]] = {
+    "contiguous": solve_contiguous,
+    "random": solve_random,
+    "greedy": solve_greedy,
+    "hierarchical": solve_hierarchical,
+    "genetic": solve_genetic,
+    "genetic_paper": solve_genetic_paper,
+    "clustering": solve_clustering,
+    "local_search": solve_local_search,
+    "memetic": solve_memetic,
+    "exact": solve_exact,
+}
+# These are what others are compared with: they stay as they are, without our replicas, and even where contiguous is better.
+BASELINES = ("contiguous", "random", "greedy", "hierarchical", "genetic_paper")
+_WITHOUT_OUR_REPLICAS = ("contiguous", "random", "hierarchical")
+# Of the time, where replicas follow.
+_HOMES_SHARE = 0.4
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LayerResult:
+    """One layer's placement and how good it is.
+
+    cost_us: at the ports (`objective.placement_cost`), replicas included. lower_bound_us: no placement costs less.
+    gap: cost_us / lower_bound_us - 1. history: (seconds, best cost_us so far) at each improvement. seconds: of the search alone.
+    """
+
+    solution: Solution
+    cost_us: float
+    lower_bound_us: float
+    history: tuple[tuple[float, float], ...]
+    seconds: float
+
+    @property
+    def gap(self) -> float:
+        return self.cost_us / self.lower_bound_us - 1 if self.lower_bound_us > 0 else 0.0 if self.cost_us == 0 else float("inf")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class SolveResult:
+    """A plan with one `LayerResult` per layer, and the wall time of it all in seconds."""
+
+    plan: PlacementPlan
+    layers: tuple[LayerResult, ...]
+    seconds: float
+
+    @property
+    def cost_us(self) -> float:
+        """Of all layers together; `lower_bound_us` and `gap` likewise."""
+        return sum(layer.cost_us for layer in self.layers)
+
+    @property
+    def lower_bound_us(self) -> float:
+        return sum(layer.lower_bound_us for layer in self.layers)
+
+    @property
+    def gap(self) -> float:
+        return self.cost_us / self.lower_bound_us - 1 if self.lower_bound_us > 0 else 0.0 if self.cost_us == 0 else float("inf")
+
+
+def solution_cost_us(problem: LayerProblem, solution: Solution) -> float:
+    """Cost at the ports, with tokens split over replicas as the runtime does (`split.balanced_shares`)."""
+    share_EG = balanced_shares(problem.load, solution.hosts)
+    return placement_cost(problem, share_EG, solution.hosts, solution.home_rank).total_us
+
+
+def solve_layer(
+    problem: LayerProblem,
+    solver: str,
+    *,
+    seed: int | list[int] = 0,
+    time_budget_s: float = 1.0,
+    progress: Callable[[float], None] | None = None,
+) -> LayerResult:
+    """Places one layer. progress: called with each better cost in us.
+
+    The result is never worse than the contiguous placement, except for the `BASELINES`. Raises `ScaleMoEError` for an unknown solver.
+    """
+    check_solver(solver)
+    began = time.monotonic()
+    contiguous = Solution.without_replicas(contiguous_homes(problem), problem.num_ranks)
+    contiguous_us = solution_cost_us(problem, contiguous)
+    history = [(0.0, contiguous_us)]
+
+    def record(cost_us: float) -> None:
+        history.append((time.monotonic() - began, cost_us))
+        if progress:
+            progress(cost_us)
+
+    solution = _search(problem, solver, np.random.default_rng(seed), began + time_budget_s, record)
+    cost_us = solution_cost_us(problem, solution)
+    if solver not in BASELINES and contiguous_us < cost_us:
+        solution, cost_us = contiguous, contiguous_us
+    seconds = time.monotonic() - began
+    history.append((seconds, cost_us))
+    return LayerResult(solution=solution, cost_us=cost_us, lower_bound_us=lower_bound_us(problem), history=tuple(history), seconds=seconds)
+
+
+def check_solver(solver: str) -> None:
+    """Raises `ScaleMoEError` unless there is a solver of that name."""
+    if solver not in SOLVERS:
+        raise ScaleMoEError("there is no such solver", found=repr(solver), try_=", ".join(SOLVERS))
+
+
+def _search(problem: LayerProblem, solver: str, rng: np.random.Generator, deadline: float, record: Callable[[float], None]) -> Solution:
+    replicate = problem.replicas > 0 and solver not in _WITHOUT_OUR_REPLICAS
+    now = time.monotonic()
+    homes_deadline = now + (deadline - now) * (_HOMES_SHARE if replicate else 1.0)
+    found = SOLVERS[solver](problem, rng=rng, deadline=homes_deadline, progress=record)
+    if isinstance(found, Solution):
+        return found
+    if replicate:
+        return add_replicas(problem, found, rng=rng, deadline=deadline)
+    return Solution.without_replicas(found, problem.num_ranks)
+
+
+def solve_trace(
+    trace: RoutingTrace,
+    ports: Ports,
+    cost: CostModel,
+    *,
+    solver: str = "memetic",
+    replicas: int = 0,
+    seed: int = 0,
+    time_budget_s: float = 10.0,
+    steps: slice = slice(None),
+    shared: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    processes: int | None = None,
+) -> SolveResult:
+    """A plan from the mean traffic of `steps` (which must hold at least one step).
+
+    replicas: extra slots per layer, over all ranks. time_budget_s: wall time for all layers together (the bounds included).
+    shared: one placement for all layers, from their mean. progress: called with (layers done, layers to do).
+    processes: default as many as pay (see `placement/processes.py`). Where the time does not cut the search short, the plan depends
+    on `seed` only. Raises `ScaleMoEError` for input that does not fit.
+    """
+    began = time.monotonic()
+    check_solver(solver)
+    if not trace.counts[steps].shape[0]:
+        raise ScaleMoEError("a plan needs at least one recorded step", found=f"{steps} of {trace.num_steps} steps")
+    if not time_budget_s > 0:
+        raise ScaleMoEError("the time budget must be above 0 s", found=time_budget_s)
+    problems = [
+        LayerProblem(traffic=trace.layer(layer, steps), ports=ports, cost=cost, replicas=replicas) for layer in range(trace.num_layers)
+    ]
+    searched = [_mean_of_layers(problems)] if shared else problems
+
+    def job(layer: int, seconds: float) -> LayerResult:
+        return solve_layer(searched[layer], solver, seed=[seed, layer], time_budget_s=seconds)
+
+    deadline = began + time_budget_s
+    layers = run_jobs(job, len(searched), deadline=deadline, processes=processes, progress=progress)
+    if shared:
+        layers = [_of_layer(problem, layers[0]) for problem in problems]
+    provenance = {
+        "version": __version__,
+        "solver": solver,
+        "seed": seed,
+        "replicas": replicas,
+        "shared": shared,
+        "time_budget_s": time_budget_s,
+        "steps": list(steps.indices(trace.num_steps)),
+        "trace_hash": trace.content_hash,
+    }
+    plan = PlacementPlan.from_hosts(
+        np.stack([layer.solution.home_rank for layer in layers]),
+        np.stack([layer.solution.hosts for layer in layers]),
+        replica_slots_per_rank=problems[0].replica_slots_per_rank,
+        provenance=provenance,
+    )
+    return SolveResult(plan=plan, layers=tuple(layers), seconds=time.monotonic() - began)
+
+
+def _mean_of_layers(problems: list[LayerProblem]) -> LayerProblem:
+    each = [problem.traffic for problem in problems]
+    together = None if each[0].coactivation is None else np.mean([t.coactivation for t in each], axis=0)
+    traffic = LayerTraffic(np.mean([t.counts for t in each], axis=0), together, np.mean([t.loads for t in each], axis=0), each[0].topk)
+    return dataclasses.replace(problems[0], traffic=traffic)
+
+
+def _of_layer(problem: LayerProblem, shared: LayerResult) -> LayerResult:
+    """The shared placement, judged by one layer's own traffic."""
+    cost_us = solution_cost_us(problem, shared.solution)
+    return dataclasses.replace(shared, cost_us=cost_us, lower_bound_us=lower_bound_us(problem))

@@ -1,0 +1,76 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.cost.replicas import replica_bytes, replica_us
+from megatron_scalemoe.topology.ports import Ports, two_level_ports
+
+COST = CostModel(hidden_size=8, ffn_hidden_size=4, micro_batches=4)
+
+
+def random_ports(rng: np.random.Generator, node_of_rank: np.ndarray) -> Ports:
+    ranks, nodes = node_of_rank.size, node_of_rank.max() + 1
+    rank_fields = ("scale_up_in_GBps", "scale_up_out_GBps", "scale_out_in_GBps", "scale_out_out_GBps")
+    speeds = {name: rng.uniform(1, 100, ranks) for name in rank_fields}
+    speeds |= {name: rng.uniform(1, 100, nodes) for name in ("node_in_GBps", "node_out_GBps")}
+    return Ports(node_of_rank=node_of_rank, scale_up_latency_us=1, scale_out_latency_us=5, **speeds)
+
+
+def replica_us_one_by_one(home_rank, hosts, cost, ports) -> float:
+    """Every transfer added to the ports it crosses."""
+    total = 0.0
+    for to_replica in (True, False):
+        used = {}
+        for expert, home in enumerate(home_rank):
+            for host in np.flatnonzero(hosts[expert]):
+                if host == home:
+                    continue
+                source, target = (home, host) if to_replica else (host, home)
+                a, b = ports.node_of_rank[source], ports.node_of_rank[target]
+                kind = "scale_up" if a == b else "scale_out"
+                crossed = [(f"{kind}_out_GBps", source), (f"{kind}_in_GBps", target)]
+                crossed += [("node_out_GBps", a), ("node_in_GBps", b)] if a != b else []
+                for port in crossed:
+                    used[port] = used.get(port, 0) + cost.expert_bytes
+        total += max((count / getattr(ports, name)[i] for (name, i), count in used.items()), default=0.0)
+    return total / 1e3 / cost.micro_batches
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 3), st.floats(0, 1))
+def test_price_is_that_of_adding_each_transfer_to_its_ports(seed, nodes, per_node, density):
+    rng = np.random.default_rng(seed)
+    ranks = nodes * per_node
+    ports = random_ports(rng, np.repeat(np.arange(nodes), per_node))
+    home_rank = rng.permutation(np.repeat(np.arange(ranks), 2))
+    hosts = (rng.random((ranks * 2, ranks)) < density) | (home_rank[:, None] == np.arange(ranks))
+    assert replica_us(home_rank, hosts, COST, ports) == pytest.approx(replica_us_one_by_one(home_rank, hosts, COST, ports), rel=1e-12)
+
+
+def test_homes_alone_cost_nothing():
+    home_rank = np.arange(4)
+    hosts = np.eye(4, dtype=bool)
+    assert replica_us(home_rank, hosts, COST, two_level_ports(2, 2)) == 0.0
+    assert not replica_bytes(home_rank, hosts, COST).any()
+
+
+def test_a_replica_moves_one_expert_out_and_its_gradient_back_shared_by_the_micro_batches():
+    hosts = np.eye(4, dtype=bool)
+    hosts[0, 2] = True
+    ports = two_level_ports(2, 2, scale_out_GBps=50)
+    expected = 2 * COST.expert_bytes / 50e3 / 4
+    assert replica_us(np.arange(4), hosts, COST, ports) == pytest.approx(expected)
+    assert replica_us(np.arange(4), hosts, dataclasses.replace(COST, micro_batches=1), ports) == pytest.approx(4 * expected)
+
+
+def test_bytes_go_from_each_home_to_each_of_its_replicas():
+    hosts = np.eye(4, dtype=bool)
+    hosts[0, [2, 3]] = True
+    hosts[1, 2] = True
+    expected = np.zeros((4, 4))
+    expected[0, [2, 3]] = expected[1, 2] = COST.expert_bytes
+    np.testing.assert_array_equal(replica_bytes(np.arange(4), hosts, COST), expected)

@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.cost.replicas import replica_us
+from megatron_scalemoe.placement.objective import exchange_us, home_cost_us, placement_cost
+from megatron_scalemoe.placement.problem import LayerProblem
+from megatron_scalemoe.topology.ports import Ports, two_level_ports
+from megatron_scalemoe.traffic.matrices import distinct_factor
+from megatron_scalemoe.traffic.trace import LayerTraffic
+from tests.placement.search_cases import clustered_problem, uneven_ports
+
+
+def slow_exchange_us(bytes_GG, ports, overhead_us):
+    """Pair by pair, in plain Python."""
+    node, ranks = ports.node_of_rank, range(ports.num_ranks)
+    load, latency = {}, 0.0
+    for i in ranks:
+        for j in ranks:
+            if i == j or bytes_GG[i, j] == 0:
+                continue
+            if node[i] == node[j]:
+                keys = [("up_out", i, ports.scale_up_out_GBps[i]), ("up_in", j, ports.scale_up_in_GBps[j])]
+                latency = max(latency, ports.scale_up_latency_us)
+            else:
+                keys = [("out_out", i, ports.scale_out_out_GBps[i]), ("out_in", j, ports.scale_out_in_GBps[j])]
+                keys += [("node_out", node[i], ports.node_out_GBps[node[i]]), ("node_in", node[j], ports.node_in_GBps[node[j]])]
+                latency = max(latency, ports.scale_out_latency_us)
+            for key in keys:
+                load[key] = load.get(key, 0.0) + bytes_GG[i, j]
+    return max((total / key[2] / 1e3 for key, total in load.items()), default=0.0) + latency + overhead_us
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.5, 0.9]))
+def test_the_exchange_takes_as_long_as_its_busiest_port(seed, silent):
+    rng = np.random.default_rng(seed)
+    bytes_GG = rng.integers(1, 10**6, (8, 8)) * (rng.random((8, 8)) >= silent)
+    assert exchange_us(bytes_GG, uneven_ports(), 2.0) == pytest.approx(slow_exchange_us(bytes_GG, uneven_ports(), 2.0), rel=1e-12)
+
+
+def test_rows_that_stay_on_their_rank_take_no_time_and_no_latency():
+    ports = two_level_ports(2, 2)
+    assert exchange_us(np.diag([5.0, 6.0, 7.0, 8.0]), ports, 3.0) == 3.0
+    near = np.zeros((4, 4))
+    near[0, 1] = 450e3
+    assert exchange_us(near, ports, 0.0) == pytest.approx(1.0 + 1.0)
+
+
+def test_the_cost_is_twice_each_exchange_and_the_compute_of_the_fullest_rank():
+    counts = np.array([[0.0, 100.0], [50.0, 0.0]])  # rank 0 wants expert 1, rank 1 wants expert 0
+    traffic = LayerTraffic(counts, None, counts.sum(axis=0)[None], 1)
+    cost = CostModel(hidden_size=1000, bytes_per_value=1, exchange_overhead_us=0.5)
+    problem = LayerProblem(traffic=traffic, ports=two_level_ports(2, 1, scale_out_GBps=10.0), cost=cost)
+    priced = placement_cost(problem, np.eye(2))
+    # 100 rows of 1,000 bytes at 10 GB/s are 10 us; 5 us latency and 0.5 us overhead come on top.
+    assert priced.dispatch_us == priced.combine_us == pytest.approx(2 * 15.5)
+    assert priced.compute_us == pytest.approx(100 * cost.compute_us_per_row)
+    assert priced.total_us == pytest.approx(62 + priced.compute_us)
+    assert placement_cost(problem, np.eye(2)[::-1]).dispatch_us == pytest.approx(2 * 0.5)
+
+
+def test_deduplication_and_overlap_make_a_layer_cheaper():
+    plain, packed, hidden = (
+        home_cost_us(clustered_problem(1, cost=cost), np.repeat(np.arange(8), 8))
+        for cost in (CostModel(deduplicate=False), CostModel(), CostModel(overlap=1.0))
+    )
+    assert hidden < packed < plain
+
+
+def test_the_combine_goes_the_other_way():
+    problem = clustered_problem(2, ports=uneven_ports(), affinity=0.7)
+    share_EG = np.eye(8)[np.repeat(np.arange(8), 8)]
+    bytes_GG = problem.traffic.counts @ share_EG * distinct_factor(share_EG, problem.traffic) * problem.cost.row_bytes
+    priced = placement_cost(problem, share_EG)
+    assert priced.dispatch_us == pytest.approx(2 * slow_exchange_us(bytes_GG, uneven_ports(), 0.0), rel=1e-12)
+    assert priced.combine_us == pytest.approx(2 * slow_exchange_us(bytes_GG.T, uneven_ports(), 0.0), rel=1e-12)
+    assert priced.combine_us != pytest.approx(priced.dispatch_us)
+
+
+def test_replicas_are_paid_only_when_hosts_and_homes_are_given():
+    problem = clustered_problem(3, nodes=2, ranks_per_node=4)
+    home_E = np.repeat(np.arange(8), 8)
+    hosts_EG = np.eye(8, dtype=bool)[home_E]
+    hosts_EG[0, 5] = True
+    share_EG = hosts_EG / hosts_EG.sum(axis=1, keepdims=True)
+    free, paid = placement_cost(problem, share_EG), placement_cost(problem, share_EG, hosts_EG, home_E)
+    assert free.replica_us == 0
+    assert paid.replica_us == replica_us(home_E, hosts_EG, problem.cost, problem.ports) > 0
+    assert paid.total_us == pytest.approx(free.total_us + paid.replica_us)
+
+
+@given(st.integers(0, 10_000))
+def test_relabelling_ranks_with_their_ports_changes_nothing(seed):
+    rng = np.random.default_rng(seed)
+    ports, order = uneven_ports(), rng.permutation(8)
+    problem = clustered_problem(4, ports=ports, tokens=500)
+    share_EG = rng.dirichlet(np.ones(8), size=64)
+    names = ("node_of_rank", "scale_up_in_GBps", "scale_up_out_GBps", "scale_out_in_GBps", "scale_out_out_GBps")
+    moved_ports = Ports(
+        **{name: getattr(ports, name)[order] for name in names},
+        node_in_GBps=ports.node_in_GBps,
+        node_out_GBps=ports.node_out_GBps,
+        scale_up_latency_us=1.0,
+        scale_out_latency_us=5.0,
+    )
+    traffic = problem.traffic
+    moved_traffic = LayerTraffic(traffic.counts[order], traffic.coactivation, traffic.loads, traffic.topk)
+    moved = LayerProblem(traffic=moved_traffic, ports=moved_ports, cost=problem.cost)
+    assert placement_cost(moved, share_EG[:, order]).total_us == pytest.approx(placement_cost(problem, share_EG).total_us, rel=1e-12)

@@ -1,0 +1,162 @@
+"""Traces: their rules, their mean traffic, and their file."""
+
+import io
+import json
+import random
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.traffic.synthetic import synthesize
+from megatron_scalemoe.traffic.trace import RoutingTrace, load_trace, save_trace
+
+COUNTS = np.arange(2 * 1 * 2 * 3).reshape(2, 1, 2, 3)
+PAIRS = np.array([[[6.0, 2, 1], [2, 8, 3], [1, 3, 10]]])
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"counts": COUNTS.astype(float)}, "counts must be integers .steps, layers, ranks, experts.\n  found: float64"),
+        ({"counts": COUNTS[0]}, "counts must be integers"),
+        ({"counts": COUNTS[:0]}, "counts must be integers"),
+        ({"counts": COUNTS - 1}, "counts must be 0 or more, and fit int32\n  found: -1"),
+        ({"counts": COUNTS + 2**31}, "fit int32"),
+        ({"coactivation": PAIRS[0]}, r"coactivation must be numbers \[layers, experts, experts\] = \(1, 3, 3\)"),
+        ({"coactivation": PAIRS.astype(str)}, "coactivation must be numbers"),
+        ({"coactivation": PAIRS * [1, 1, np.nan]}, "symmetric, finite and 0 or more"),
+        ({"coactivation": -PAIRS}, "symmetric, finite and 0 or more"),
+        ({"coactivation": PAIRS * [1, 2, 3]}, "symmetric"),
+        ({"meta": {"topk": 4}}, "topk must be an integer from 1 to the 3 experts"),
+        ({"meta": {"topk": "2"}}, "topk must be an integer"),
+        ({"meta": {"topk": True}}, "topk must be an integer"),
+        ({"meta": {"iterations": [1]}}, "iterations must name one iteration per step"),
+        ({"meta": {"iterations": [1, 2.5]}}, "iterations must name one iteration per step"),
+    ],
+)
+def test_a_trace_that_breaks_a_rule_is_refused(parts, message):
+    with pytest.raises(ScaleMoEError, match=message):
+        RoutingTrace(**{"counts": COUNTS, **parts})
+
+
+def test_a_trace_knows_its_shape_and_defaults():
+    trace = RoutingTrace(COUNTS)
+    assert (trace.num_steps, trace.num_layers, trace.num_ranks, trace.num_experts) == (2, 1, 2, 3)
+    assert trace.counts.dtype == np.int32
+    assert trace.topk == 1
+    assert trace.iterations == [0, 1]
+    assert RoutingTrace(COUNTS, meta={"iterations": [5, 9], "topk": 2}).iterations == [5, 9]
+
+
+def test_the_mean_traffic_of_a_layer_is_over_the_steps_asked_for():
+    trace = RoutingTrace(COUNTS, PAIRS, {"topk": 2})
+    both = trace.layer(0)
+    np.testing.assert_array_equal(both.counts, COUNTS[:, 0].mean(axis=0))
+    np.testing.assert_array_equal(both.loads, COUNTS[:, 0].sum(axis=1))
+    assert both.topk == 2
+    last = trace.layer(0, slice(1, 2))
+    np.testing.assert_array_equal(last.counts, COUNTS[1, 0])
+    assert last.loads.shape == (1, 3)
+    assert RoutingTrace(COUNTS).layer(0).coactivation is None
+
+
+@pytest.mark.parametrize("sample", [0.25, 1.0, 40.0])
+def test_only_the_size_of_the_pairs_against_their_diagonal_matters(sample):
+    pairs = RoutingTrace(COUNTS, PAIRS * sample, {"topk": 2}).layer(0).coactivation
+    assert (pairs.diagonal() == 0).all()
+    # 33 selections per step, 24 in the sample.
+    assert pairs[1, 2] == pytest.approx(3 * 33 / 24)
+    np.testing.assert_array_equal(pairs, pairs.T)
+
+
+def test_pairs_without_a_diagonal_were_counted_over_all_steps():
+    pairs = RoutingTrace(COUNTS, PAIRS * (1 - np.eye(3)), {"topk": 2}).layer(0).coactivation
+    assert pairs[1, 2] == 1.5
+
+
+def test_equal_traces_have_equal_hashes_whatever_made_them():
+    trace = RoutingTrace(COUNTS, PAIRS, {"topk": 2})
+    assert trace.content_hash == RoutingTrace(COUNTS.astype(np.int32), PAIRS.copy(), {"topk": 1, "source": "x"}).content_hash
+    others = [
+        RoutingTrace(COUNTS),
+        RoutingTrace(COUNTS + 1, PAIRS),
+        RoutingTrace(COUNTS, PAIRS * 2),
+        RoutingTrace(COUNTS.reshape(1, 2, 2, 3)),
+    ]
+    assert len({trace.content_hash, *(other.content_hash for other in others)}) == 5
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(2, 6), st.booleans(), st.integers(0, 99))
+def test_what_is_written_is_what_is_read(tmp_path_factory, steps, layers, ranks, experts, pairs, seed):
+    trace = synthesize(ranks=ranks, experts=experts, layers=layers, steps=steps, tokens_per_rank=30, coactivation=pairs, seed=seed, drift=0)
+    path = tmp_path_factory.mktemp("trace") / "trace.npz"
+    save_trace(trace, path)
+    again = load_trace(path)
+    assert again.content_hash == trace.content_hash
+    assert again.meta == {**trace.meta, "schema_version": 1}
+    assert again.topk == trace.topk
+
+
+def npz(**arrays: object) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "t.npz: not a readable npz file"),
+        (b"not a zip", "t.npz: not a readable npz file"),
+        (npz(counts=COUNTS)[:-30], "t.npz: not a readable npz file"),
+        (npz(count=COUNTS), r"t.npz: counts: the array is missing\n  found: arrays \['count'\]"),
+        (npz(counts=COUNTS.astype(float)), "t.npz: counts must be integers"),
+        (npz(counts=COUNTS, coactivation=PAIRS[:, :2]), "t.npz: coactivation must be numbers"),
+        (npz(counts=COUNTS, meta=np.array("{")), "t.npz: meta: must be JSON text"),
+        (npz(counts=COUNTS, meta=np.array("[]")), "t.npz: meta: must be a JSON mapping"),
+        (npz(counts=COUNTS, meta=np.zeros((2, 2))), "t.npz: meta: must be"),
+        (npz(counts=COUNTS, meta=np.array(json.dumps({"schema_version": 2}))), "schema_version 1"),
+        (npz(counts=COUNTS, meta=np.array(json.dumps({"topk": 9}))), "t.npz: meta: topk must be"),
+        (npz(counts=np.array([object()])), "t.npz: not a readable npz file"),
+    ],
+)
+def test_errors_name_the_file_and_the_array(tmp_path, content, message):
+    path = tmp_path / "t.npz"
+    path.write_bytes(content)
+    with pytest.raises(ScaleMoEError, match=message):
+        load_trace(path)
+
+
+def test_a_plain_npy_file_is_not_a_trace(tmp_path):
+    path = tmp_path / "t.npz"
+    with open(path, "wb") as file:
+        np.save(file, COUNTS)
+    with pytest.raises(ScaleMoEError, match=r"t\.npz"):
+        load_trace(path)
+
+
+def test_mutated_files_raise_only_our_error(tmp_path):
+    path = tmp_path / "t.npz"
+    save_trace(RoutingTrace(COUNTS, PAIRS, {"topk": 2}), path)
+    original = path.read_bytes()
+    stored = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(original)) as source, zipfile.ZipFile(stored, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    rng = random.Random(0)
+    refused = 0
+    for content in [original, stored.getvalue()] * 250:
+        data = bytearray(content)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(bytes(data[: rng.randrange(len(data))] if rng.random() < 0.2 else data))
+        try:
+            load_trace(path)
+        except ScaleMoEError:
+            refused += 1
+    assert 200 < refused <= 500
