@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -64,18 +65,21 @@ def run(args: argparse.Namespace) -> int:
     for policy in policies:
         check_solver(policy)
     contiguous = PlacementPlan.contiguous(trace.num_layers, trace.num_ranks, trace.num_experts)
-    fixed = {str(path): [load_plan_for(path, trace, args.trace, topology)] * trace.num_steps for path in args.plans}
+    fixed = {BASELINE: [contiguous] * trace.num_steps}
+    fixed |= {str(path): [load_plan_for(path, trace, args.trace, topology)] * trace.num_steps for path in args.plans}
     price = _Pricing(trace, topology, cost, planning, even=args.split == "even")
     rows = []
-    for policy in _with_progress(args, [*policies, *fixed]):
-        plans = fixed.get(policy) or ([contiguous] * trace.num_steps if policy == BASELINE else price.plans(policy, contiguous))
+    for policy in _with_progress(args, [*policies, *map(str, args.plans)]):
+        began = time.monotonic()
         try:
-            rows.append(price.row(policy, plans))
+            plans = list(fixed.get(policy) or price.plans(policy))
+            rows.append(price.row(policy, plans, time.monotonic() - began))
         except ScaleMoEError as error:
             if policy != EXACT or args.policies:
                 raise
             print(f"scalemoe: note: no exact solution: {error}", file=sys.stderr)
-    result = {"rows": rows, "split": args.split, "replicas": planning.replicas, "topology": str(args.topology), "trace": str(args.trace)}
+    made_from = {"topology": str(args.topology), "trace": str(args.trace), "cost": dataclasses.asdict(cost)}
+    result = {"rows": rows, "split": args.split, "replicas": planning.replicas, **made_from}
     emit(args, result, format_result(result))
     return OK
 
@@ -96,22 +100,18 @@ class _Pricing:
         problems = [LayerProblem(traffic=trace.layer(layer), **options) for layer in range(trace.num_layers)]
         self.lower_bound_us = sum(map(lower_bound_us, problems))
 
-    def plans(self, policy: str, contiguous: PlacementPlan) -> Iterable[PlacementPlan]:
-        return planned_steps(policy, self.planning, self.trace, self.ports, self.cost, contiguous)
+    def plans(self, policy: str) -> Iterable[PlacementPlan]:
+        return planned_steps(policy, self.planning, self.trace, self.ports, self.cost)
 
-    def row(self, policy: str, plans: Iterable[PlacementPlan]) -> dict:
-        """The replay's summary, and the cost of the last plan under the trace's mean traffic."""
+    def row(self, policy: str, plans: list[PlacementPlan], seconds: float) -> dict:
+        """The replay's summary, and the cost of the last plan under the trace's mean traffic. seconds: that the plans took."""
         from megatron_scalemoe.cost.layer import plan_cost
         from megatron_scalemoe.simulate.engine import replay_plans
 
-        used, began = [], time.monotonic()
-        for plan in plans:
-            used.append(plan)
-        seconds = time.monotonic() - began
         inputs = (self.routes, self.topology, self.cost)
-        replay = replay_plans(self.trace, used, *inputs, even=self.even, warm_up_steps=self.planning.warm_up_steps)
+        replay = replay_plans(self.trace, plans, *inputs, even=self.even, warm_up_steps=self.planning.warm_up_steps)
         layers = range(self.trace.num_layers)
-        cost_us = sum(plan_cost(used[-1], i, self.trace.layer(i), *inputs, even=self.even).total_us for i in layers)
+        cost_us = sum(plan_cost(plans[-1], i, self.trace.layer(i), *inputs, even=self.even).total_us for i in layers)
         gap = cost_us / self.lower_bound_us - 1 if self.lower_bound_us > 0 else 0.0
         solved = {"cost_us": cost_us, "lower_bound_us": self.lower_bound_us, "gap": gap, "seconds": seconds}
         return {"policy": policy, **replay.summary(), **solved}

@@ -27,7 +27,8 @@ def add_cost_flags(parser: argparse.ArgumentParser) -> None:
     add("bytes_per_value", int, "N", "of a row and of a parameter, 2 for bf16")
     add("gpu_TFLOPs", float, "T", "what a rank reaches in the experts' matrix products, 10^12 operations a second")
     add("micro_batches", int, "N", "per optimizer step: replicas are refreshed once for all of them")
-    group.add_argument("--exchange", choices=EXCHANGES, help=f"how an all-to-all is sent: see docs ({_DEFAULTS['exchange']})")
+    text = "every rank to every rank; through a leader per node; between the nodes to the rank of equal local number"
+    group.add_argument("--exchange", choices=EXCHANGES, help=f"{text} ({_DEFAULTS['exchange']})")
     text = "one row per (token, rank), or one per (token, expert) (--deduplicate)"
     group.add_argument("--deduplicate", action=argparse.BooleanOptionalAction, help=text)
     add("overlap", float, "F", "share of the shorter of communication and compute that hides behind the other, 0 to 1")

@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 
-from megatron_scalemoe.cli import bench, doctor, report, simulate, topology, trace
+from megatron_scalemoe.cli import bench, compare, diff, doctor, plan, report, simulate, topology, trace
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.version import __version__
 
@@ -25,7 +25,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_parser(commands)
     topology.add_parser(commands)
     trace.add_parser(commands)
+    plan.add_parser(commands)
+    diff.add_parser(commands)
     simulate.add_parser(commands)
+    compare.add_parser(commands)
     report.add_parser(commands)
     return parser
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     priced = [_price(p, trace, steps, routes, topology, cost) for p in (plan, contiguous)]
     if args.output is not None:
         save_plan(plan, args.output, force=args.force)
-    content = _result(args, result, plan, *priced)
+    content = _result(args, result, plan, *priced) | {"cost": dataclasses.asdict(cost)}
     print_result(args, content, format_result(content))
     return OK
 
@@ -81,8 +82,6 @@ def _progress_bar(args: argparse.Namespace, layers: int):
 
 
 def _with_topology(plan: PlacementPlan, topology: Topology) -> PlacementPlan:
-    import dataclasses
-
     return dataclasses.replace(plan, provenance={**plan.provenance, "topology": topology.name, "topology_hash": topology.content_hash})
 
 

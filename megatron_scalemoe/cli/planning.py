@@ -75,18 +75,19 @@ class Planning:
         return self.replan_lag or 0
 
 
-def planned_steps(
-    solver: str, planning: Planning, trace: RoutingTrace, ports: Ports, cost: CostModel, contiguous: PlacementPlan
-) -> Iterable[PlacementPlan]:
+def planned_steps(solver: str, planning: Planning, trace: RoutingTrace, ports: Ports, cost: CostModel) -> Iterable[PlacementPlan]:
     """The plan in force at each recorded step, made by `solver`. Raises `ScaleMoEError` for an unknown solver or a short trace."""
+    from megatron_scalemoe.placement.migration import align_plan, interchangeable_ranks
     from megatron_scalemoe.placement.solve import check_solver, solve_trace
+    from megatron_scalemoe.plan import PlacementPlan
     from megatron_scalemoe.simulate.engine import replanned
 
     check_solver(solver)
+    contiguous = PlacementPlan.contiguous(trace.num_layers, trace.num_ranks, trace.num_experts)
 
-    def planner(trace: RoutingTrace, steps: slice, _: PlacementPlan) -> PlacementPlan:
+    def planner(trace: RoutingTrace, steps: slice, previous: PlacementPlan) -> PlacementPlan:
         options = {"solver": solver, "replicas": planning.replicas, "seed": planning.seed, "time_budget_s": planning.time_budget_s}
-        return solve_trace(trace, ports, cost, steps=steps, **options).plan
+        return align_plan(previous, solve_trace(trace, ports, cost, steps=steps, **options).plan, interchangeable_ranks(ports))
 
     if planning.replan_every is None:
         return [planner(trace, slice(None), contiguous)] * trace.num_steps

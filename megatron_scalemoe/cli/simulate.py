@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +12,14 @@ from typing import TYPE_CHECKING
 from megatron_scalemoe.cli.common import OK, add_output_flags, emit, format_table
 from megatron_scalemoe.cli.cost_flags import add_cost_flags, cost_from_args
 from megatron_scalemoe.cli.inputs import load_plan_for, load_topology_and_trace
+from megatron_scalemoe.cli.planning import (
+    DEFAULT_SOLVER,
+    Planning,
+    add_planning_flags,
+    add_replanning_flags,
+    check_planning_flags,
+    planned_steps,
+)
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_output
 from megatron_scalemoe.units import format_bytes
@@ -24,9 +33,6 @@ if TYPE_CHECKING:
     from megatron_scalemoe.traffic.trace import RoutingTrace
 
 BASELINE = "contiguous"
-SOLVER = "memetic"
-# Recorded steps that a replan looks back on.
-HISTORY = 4
 PLANNING_FLAGS = ("solver", "replicas", "replan_every", "replan_lag", "time_budget")
 
 
@@ -46,7 +52,8 @@ ROWS: tuple[tuple[str, Callable[[dict], str]], ...] = (
     ("bytes scale-out", lambda s: format_bytes(s["bytes_scale_out"])),
     ("bytes scale-up", lambda s: format_bytes(s["bytes_scale_up"])),
     ("plan changes", lambda s: f"{s['replans']}"),
-    ("bytes migrated, in all", lambda s: format_bytes(s["migrated_bytes"])),
+    ("migrated, in all", lambda s: format_bytes(s["migrated_bytes"])),
+    ("migration, in all", _ms("migration_us")),
 )
 
 
@@ -61,13 +68,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--split", choices=("balanced", "even"), default="balanced", help="tokens between copies of an expert (%(default)s)"
     )
     parser.add_argument("--timeline", type=Path, metavar="FILE", help="also draw the last step, for ui.perfetto.dev (Chrome trace JSON)")
-    planning = parser.add_argument_group("planning", "once from the whole trace, or again and again from what was known by then")
-    planning.add_argument("--solver", metavar="NAME", help=f"as in scalemoe plan ({SOLVER})")
-    planning.add_argument("--replicas", type=int, metavar="N", help="extra slots per layer, over all ranks: a multiple of them (0)")
-    planning.add_argument("--replan-every", type=int, metavar="N", help="make a new plan every N recorded steps (1, with --replan-lag)")
-    planning.add_argument("--replan-lag", type=int, metavar="N", help="its newest counts are N recorded steps old (1, with --replan-every)")
-    planning.add_argument("--time-budget", type=float, metavar="S", help="seconds for each plan (10; 1 when replanning)")
-    planning.add_argument("--seed", type=int, default=0, metavar="N", help="of the solver (%(default)s)")
+    add_replanning_flags(add_planning_flags(parser))
     add_cost_flags(parser)
     add_output_flags(parser)
     parser.set_defaults(handler=run)
@@ -87,14 +88,14 @@ def run(args: argparse.Namespace) -> int:
     cost = cost_from_args(args, trace.meta)
     routes = compute_routes(topology)
     contiguous = PlacementPlan.contiguous(trace.num_layers, trace.num_ranks, trace.num_experts)
-    policy, plans, warm_up_steps = _policy(args, trace, topology, routes, cost, contiguous)
+    policy, plans, warm_up_steps = _policy(args, trace, topology, routes, cost)
     inputs = {"routes": routes, "topology": topology, "cost": cost, "even": args.split == "even", "warm_up_steps": warm_up_steps}
     replay = baseline = replay_fixed(trace, contiguous, **inputs)
-    if policy != BASELINE:
+    if plans is not None:
         with _progress_bar(args, trace.num_steps) as progress:
             replay = replay_plans(trace, plans, progress=lambda step: progress.update(step - progress.n), **inputs)
-    result = _result(args, policy, replay, baseline)
-    emit(args, result, format_result(result))
+    result = _result(args, policy, replay, baseline) | {"cost": dataclasses.asdict(cost)}
+    emit(args, result, format_result(result, compared=plans is not None))
     if args.timeline is not None:
         _write_timeline(args, replay, topology)
     return OK
@@ -105,42 +106,25 @@ def validate(args: argparse.Namespace) -> None:
     for name in PLANNING_FLAGS:
         if args.plan is not None and getattr(args, name) is not None:
             raise ScaleMoEError(f"--{name.replace('_', '-')} makes a plan, --plan gives one: use one of them")
-    for name, least in (("replicas", 0), ("replan_every", 1), ("replan_lag", 0), ("seed", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ScaleMoEError(f"--{name.replace('_', '-')} must be {least} or more", found=value)
-    if args.time_budget is not None and not 0 < args.time_budget < float("inf"):
-        raise ScaleMoEError("--time-budget must be a number of seconds above 0", found=args.time_budget)
+    check_planning_flags(args)
 
 
 def _policy(
-    args: argparse.Namespace, trace: RoutingTrace, topology: Topology, routes: Routes, cost: CostModel, contiguous: PlacementPlan
-) -> tuple[str, Iterable[PlacementPlan], int]:
-    """(name, a plan for each step, warm-up steps without one of them)."""
+    args: argparse.Namespace, trace: RoutingTrace, topology: Topology, routes: Routes, cost: CostModel
+) -> tuple[str, Iterable[PlacementPlan] | None, int]:
+    """(name, a plan for each step or None for the baseline alone, warm-up steps before the first plan)."""
     if args.plan is not None:
         return args.plan.name, [load_plan_for(args.plan, trace, args.trace, topology)] * trace.num_steps, 0
     if all(getattr(args, name) is None for name in PLANNING_FLAGS):
-        return BASELINE, [contiguous] * trace.num_steps, 0
-    from megatron_scalemoe.placement.solve import solve_trace
-    from megatron_scalemoe.simulate.engine import replanned
+        return BASELINE, None, 0
     from megatron_scalemoe.topology.ports import ports_of
 
-    solver, replicas = args.solver or SOLVER, args.replicas or 0
-    if replicas % trace.num_ranks:
-        raise ScaleMoEError("--replicas must be a multiple of the ranks", found=f"{replicas}, {trace.num_ranks} ranks")
-    ports = ports_of(topology, routes)
-    replanning = args.replan_every is not None or args.replan_lag is not None
-    budget_s = args.time_budget or (1.0 if replanning else 10.0)
-
-    def planner(trace: RoutingTrace, steps: slice, _: PlacementPlan) -> PlacementPlan:
-        options = {"solver": solver, "replicas": replicas, "seed": args.seed, "time_budget_s": budget_s, "steps": steps}
-        return solve_trace(trace, ports, cost, **options).plan
-
-    name = f"{solver} + {replicas} replicas" if replicas else solver
-    if not replanning:
-        return name, [planner(trace, slice(None), contiguous)] * trace.num_steps, 0
-    every, lag = (1 if value is None else value for value in (args.replan_every, args.replan_lag))
-    return f"{name}, every {every}, lag {lag}", replanned(trace, contiguous, planner, every=every, lag=lag, history=HISTORY), lag
+    planning, solver = Planning.from_args(args), args.solver or DEFAULT_SOLVER
+    plans = planned_steps(solver, planning, trace, ports_of(topology, routes), cost)
+    name = f"{solver} + {planning.replicas} replicas" if planning.replicas else solver
+    if planning.replan_every is not None:
+        name += f", every {planning.replan_every}, lag {planning.replan_lag}"
+    return name, plans, planning.warm_up_steps
 
 
 def _progress_bar(args: argparse.Namespace, steps: int):
@@ -165,7 +149,7 @@ def _result(args: argparse.Namespace, policy: str, replay: Replay, baseline: Rep
     return {
         "policy": policy,
         **own,
-        "speedup": other["step_us"] / own["step_us"],
+        "speedup": other["step_us"] / own["step_us"] if own["step_us"] else 1.0,
         "split": args.split,
         "topology": str(args.topology),
         "trace": str(args.trace),
@@ -175,22 +159,25 @@ def _result(args: argparse.Namespace, policy: str, replay: Replay, baseline: Rep
     }
 
 
-def format_result(result: dict) -> str:
-    """The table that people read, and a line of what it means."""
-    columns = [result["baseline"]] + ([result] if result["policy"] != BASELINE else [])
+def format_result(result: dict, *, compared: bool) -> str:
+    """The table that people read, and a line of what it means. compared: there is a policy beside the baseline."""
+    columns = [result["baseline"], result] if compared else [result]
     table = format_table(["", *(c["policy"] for c in columns)], [[label, *(show(c) for c in columns)] for label, show in ROWS])
-    counted = f"Mean of {result['steps']} recorded steps (one micro-batch, {result['layers']} MoE layers, {result['ranks']} ranks)"
+    steps = "1 recorded step" if result["steps"] == 1 else f"{result['steps']} recorded steps"
+    counted = f"Mean of {steps} (one micro-batch, {result['layers']} MoE layers, {result['ranks']} ranks)"
     if result["warm_up_steps"]:
-        counted += f"; the first {result['warm_up_steps']}, before the first plan, are left out"
-    return f"{table}\n\n{counted}.\n{_meaning(result)}"
+        counted += f", without the {result['warm_up_steps']} before the first plan"
+    return f"{table}\n\n{counted}.\n{_meaning(result) if compared else _alone(result)}"
 
 
 def _meaning(result: dict) -> str:
     before, faster = result["baseline"], result["speedup"]
-    waits = f"{result['wait_share']:.1%} of the step is waiting for the most loaded rank"
-    if result["policy"] == BASELINE:
-        return f"Under the contiguous placement {waits}; a plan with replicas can take most of it away."
-    pace = f"{faster:.2f}x faster" if faster >= 1.005 else f"{1 / faster:.2f}x slower" if faster <= 0.995 else "As fast as"
-    than = "than the contiguous placement" if pace != "As fast as" else "the contiguous placement"
+    pace = f"{faster:.2f}x faster than" if faster >= 1.005 else f"Slower, {faster:.2f}x the speed of" if faster <= 0.995 else "As fast as"
     balance = f"max/mean rank load {before['max_over_mean_mean']:.2f} -> {result['max_over_mean_mean']:.2f}"
-    return f"{pace} {than}: {balance}; {waits} (was {before['wait_share']:.1%})."
+    waits = f"{result['wait_share']:.1%} of the step is waiting for the most loaded rank (was {before['wait_share']:.1%})"
+    return f"{pace} the contiguous placement: {balance}; {waits}."
+
+
+def _alone(result: dict) -> str:
+    waits = f"{result['wait_share']:.1%} of the step is waiting for the most loaded rank"
+    return f"Under the contiguous placement {waits}. To compare: --plan FILE, or --replicas {result['ranks']}."

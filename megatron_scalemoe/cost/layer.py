@@ -65,8 +65,8 @@ def layer_cost(
     """
     bytes_GG, bytes_to_nodes_GN = _exchanged_bytes(tokens_GP, slots_P, traffic, topology.node_of_rank, cost)
     phases = exchange_phases(bytes_GG, topology.node_of_rank, cost.exchange, bytes_to_nodes_GN)
-    dispatch_us, out_us_M = _exchange_us(phases, routes, cost)
-    combine_us, back_us_M = _exchange_us([phase.T for phase in phases], routes, cost)
+    dispatch_us, out_us_M = phases_us(phases, routes, cost)
+    combine_us, back_us_M = phases_us([phase.T for phase in phases], routes, cost)
     load_G = selections_between_ranks(tokens_GP, topology.num_ranks).sum(axis=0).astype(np.float64)
     compute_us = float(load_G.max()) * cost.compute_us_per_row
     sent_GG = np.sum(phases, axis=0) * (2 * _PASSES)
@@ -119,6 +119,17 @@ def whole_counts(counts_GE: np.ndarray) -> np.ndarray:
     return floor_GE.astype(np.int64) + (place_GE < up_G[:, None])
 
 
+def phases_us(phases: list[np.ndarray], routes: Routes, cost: CostModel) -> tuple[float, np.ndarray]:
+    """(time of all `phases` of an exchange, one after the other; float64 [M], how long each link is busy with them)."""
+    total_us, busy_us_M = 0.0, np.zeros(routes.link_bandwidth_GBps.size)
+    for phase_GG in phases:
+        link_us_M = _link_us(phase_GG, routes)
+        latency_us = float(routes.latency_us[phase_GG > 0].max(initial=0.0))
+        total_us += float(link_us_M.max(initial=0.0)) + latency_us + cost.exchange_overhead_us
+        busy_us_M += link_us_M
+    return total_us, busy_us_M
+
+
 def _exchanged_bytes(
     tokens_GP: np.ndarray, slots_P: np.ndarray, traffic: LayerTraffic, node_of_rank_G: np.ndarray, cost: CostModel
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -128,17 +139,6 @@ def _exchanged_bytes(
     if not (cost.deduplicate and cost.exchange == "2dh"):
         return rows_GG * cost.row_bytes, None
     return rows_GG * cost.row_bytes, rows_to_nodes(tokens_GP, slots_P, node_of_rank_G, traffic) * cost.row_bytes
-
-
-def _exchange_us(phases: list[np.ndarray], routes: Routes, cost: CostModel) -> tuple[float, np.ndarray]:
-    """Time of all phases, one after the other, and each link's busy time [M]."""
-    total_us, busy_us_M = 0.0, np.zeros(routes.link_bandwidth_GBps.size)
-    for phase_GG in phases:
-        link_us_M = _link_us(phase_GG, routes)
-        latency_us = float(routes.latency_us[phase_GG > 0].max(initial=0.0))
-        total_us += float(link_us_M.max(initial=0.0)) + latency_us + cost.exchange_overhead_us
-        busy_us_M += link_us_M
-    return total_us, busy_us_M
 
 
 def _link_us(bytes_GG: np.ndarray, routes: Routes) -> np.ndarray:

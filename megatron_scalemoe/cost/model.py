@@ -45,7 +45,8 @@ class CostModel:
     """Share of the shorter of communication and compute that hides behind the other, 0 (none) to 1 (all)."""
 
     exchange_overhead_us: float = 0.0
-    """Fixed time of one exchange beside the links' latency: launches, counts, synchronisation."""
+    """Fixed time of one exchange (of each of its phases with `1dh` and `2dh`) beside the links' latency: launches, counts,
+    synchronisation."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "ffn_hidden_size", "bytes_per_value", "micro_batches"):

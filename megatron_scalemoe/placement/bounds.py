@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 
 import numpy as np
 from scipy.optimize import linprog
@@ -145,9 +146,9 @@ def _busiest_rows(model: RowModel, bounds: RowBounds, experts_GBps: tuple, sourc
     homes_G = np.full(problem.num_ranks, problem.homes_per_rank)
     homes_N = np.bincount(node_of_rank, minlength=problem.ports.num_nodes) * problem.homes_per_rank
     largest = 0.0
-    for a, b in bounds.rows:
-        near_EG = a * model.near_EG - b * bounds.pairs_E[:, None] * model.near_part_G
-        far_EN = a * model.far_EN - b * bounds.pairs_E[:, None] * model.far_part_N
+    for (a, b), pairs_E in itertools.product(bounds.rows, bounds.pairs_WE):
+        near_EG = a * model.near_EG - b * pairs_E[:, None] * model.near_part_G
+        far_EN = a * model.far_EN - b * pairs_E[:, None] * model.far_part_N
         kinds = ((near_EG, homes_G), (far_EN[:, node_of_rank], homes_G), (far_EN, homes_N))
         for (weight_EX, homes_X), expert_GBps, source_GBps in zip(kinds, experts_GBps, sources_GBps, strict=True):
             on_average = weight_EX.min(axis=1).sum() / source_GBps.sum()

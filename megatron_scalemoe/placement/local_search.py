@@ -65,13 +65,10 @@ def solve_local_search(
 
 
 def _pairs_of_busiest(table: SwapTable, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Experts of the busiest ranks, each with every expert elsewhere. Nothing where `_pairs_of_all` is small enough itself."""
+    """Experts of the busiest ranks, each with every expert elsewhere."""
     home_rank_E = table.home_rank_E
-    experts = home_rank_E.size
-    if experts * (experts - 1) // 2 <= _CANDIDATES:
-        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     busy = np.flatnonzero(np.isin(home_rank_E, table.busiest_ranks()))
-    e_K, f_K = np.repeat(busy, experts), np.tile(np.arange(experts), busy.size)
+    e_K, f_K = np.repeat(busy, home_rank_E.size), np.tile(np.arange(home_rank_E.size), busy.size)
     return _of_different_ranks(*_sample(e_K, f_K, rng), home_rank_E)
 
 

@@ -17,7 +17,6 @@ from megatron_scalemoe.placement.problem import LayerProblem
 from megatron_scalemoe.placement.swap_delta import SwapTable
 
 _POPULATION = 8
-_RANDOM_STARTS = 4
 _KICK_RATE = 0.5
 # Children without a better placement before the search ends.
 _PATIENCE = 80
@@ -30,7 +29,7 @@ Population = list[tuple[float, np.ndarray]]
 def solve_memetic(
     problem: LayerProblem, *, rng: np.random.Generator, deadline: float, progress: Callable[[float], None] | None = None
 ) -> np.ndarray:
-    """int64 [E] home ranks. Starts: contiguous, greedy, hierarchical, clustering and random placements; never worse than the best of those.
+    """int64 [E] home ranks. Starts: contiguous, greedy, hierarchical, clustering and a random one; never worse than the best of those.
 
     deadline: a `time.monotonic()` value. progress: called with each better cost in us (at the ports, without latencies).
     """
@@ -53,12 +52,12 @@ def solve_memetic(
 
 
 def _starts(problem: LayerProblem, table: SwapTable, rng: np.random.Generator, deadline: float) -> list[tuple[float, float, np.ndarray]]:
-    """(objective, total, homes), the most promising first: if the time ends early, it was spent on that one. Random ones come last."""
+    """(objective, total, homes), the most promising first: if the time ends early, it was spent on that one."""
     clustering_deadline = time.monotonic() + _CLUSTERING_SHARE * max(0.0, deadline - time.monotonic())
     homes = [contiguous_homes(problem)]
     homes += [solve(problem, rng=rng, deadline=deadline) for solve in (solve_greedy, hierarchical_homes)]
     homes += [solve_clustering(problem, rng=rng, deadline=clustering_deadline)]
-    homes += [solve_random(problem, rng=rng, deadline=deadline) for _ in range(_RANDOM_STARTS)]
+    homes += [solve_random(problem, rng=rng, deadline=deadline)]
     starts = []
     for home_rank_E in homes:
         table.reset(home_rank_E)

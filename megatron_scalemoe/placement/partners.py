@@ -1,8 +1,8 @@
 """How many tokens of each expert can also choose another expert of its group: a bound that holds for every grouping at once.
 
-Expert e of a group has P = sum over its other members f of coactivation[e, f]. For any prices a[f] >= 0 and any rate m >= 0,
+Expert e of a group has P = sum over its other members f of pairs[e, f]. For any prices a[f] >= 0 and any rate m >= 0,
 
-    P <= (sum of the `others` largest positive coactivation[e, f] - m load[f] - a[f]) + m (load of the group - load[e]) + (prices of the
+    P <= (sum of the `others` largest positive pairs[e, f] - m load[f] - a[f]) + m (load of the group - load[e]) + (prices of the
          group - a[e]),
 
 and, summed over the group's members, the prices of the others count `others` x a[e] for each e. So prices keep all experts from
@@ -17,7 +17,7 @@ import dataclasses
 
 import numpy as np
 
-# Rates tried for each expert, as parts of (largest co-activation / mean load), beside 0.
+# Rates tried for each expert, as parts of (most pairs / mean load), beside 0.
 _RATES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
 _PRICE_STEPS = 6
 
@@ -42,12 +42,13 @@ class Partners:
         return np.maximum(bound_AE[bound_AE.sum(axis=1).argmin()], 0.0)
 
 
-def find_partners(coactivation_EE: np.ndarray, load_E: np.ndarray, slots: int, *, fractional: bool) -> Partners:
-    """For groups of at most `slots` (> 1) experts. fractional: shares of experts count, so none surely takes a whole place or its load."""
+def find_partners(pairs_EE: np.ndarray, load_E: np.ndarray, slots: int, *, fractional: bool) -> Partners:
+    """For groups of at most `slots` (> 1) experts. fractional: shares of experts count, so none surely takes a whole place or its load.
+    pairs_EE: float [E, E], 0 or more; its diagonal does not count."""
     others = min(slots, load_E.size) - 1
-    pairs_EE = coactivation_EE.copy()
+    largest, mean_load = pairs_EE.max(), max(load_E.mean(), 1e-300)
+    pairs_EE = pairs_EE.copy()
     np.fill_diagonal(pairs_EE, -np.inf)
-    largest, mean_load = coactivation_EE.max(), max(load_E.mean(), 1e-300)
     rate_K = np.array([0.0, *_RATES]) * (largest / mean_load)
     prices = [np.zeros_like(load_E), _matching_prices(pairs_EE, others)]
     gains = [[_largest_sum(pairs_EE - (a_E + rate * load_E), others) for rate in rate_K] for a_E in prices]
@@ -57,7 +58,7 @@ def find_partners(coactivation_EE: np.ndarray, load_E: np.ndarray, slots: int, *
 
 def _matching_prices(pairs_EE: np.ndarray, others: int) -> np.ndarray:
     """float64 [E]: prices near which every expert is chosen `others` times: each moves half way to what it itself would pay for its last
-    partner. As `pairs_EE` is symmetric, the fixed point is the optimum; half a dozen steps come within 1 % of it."""
+    partner. If `pairs_EE` is symmetric, the fixed point is the optimum; half a dozen steps come within 1 % of it."""
     price_E = np.zeros(pairs_EE.shape[0])
     if others >= pairs_EE.shape[0] - 1:
         return price_E

@@ -34,7 +34,7 @@ class PortFloor:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class PortProgram:
-    """Minimise objective @ v with upper @ v <= upper_limit, equal @ v = equal_limit, least <= v <= most; the minimum x `unit_us` is the cost.
+    """Minimise objective @ v with upper @ v <= upper_limit, equal @ v = equal_limit, least <= v <= most. The cost is that x `unit_us`.
 
     The first E x G columns are the shares, expert by expert.
     """
@@ -59,7 +59,7 @@ def port_program(model: RowModel, bounds: RowBounds, floor: PortFloor) -> PortPr
     for block, limit in (
         *_exchange_rows(model, bounds, unit_us),
         *_cost_rows(problem, floor, unit_us),
-        ((_every(-bounds.pairs_E, ranks), None, sparse.eye_array(ranks), None), np.zeros(ranks)),
+        *(((_every(-pairs_E, ranks), None, sparse.eye_array(ranks), None), np.zeros(ranks)) for pairs_E in bounds.pairs_WE),
     ):
         blocks.append(_row_block(block, limit.size, widths))
         limits.append(limit)

@@ -1,9 +1,18 @@
-"""Replicas of experts: which, how many and where, so that the per-step split can even out the ranks, and only where they pay."""
+"""Replicas of experts: which, how many and where, so that the per-step split can even out the ranks, and only where they pay.
+
+Suffixes: B loads (cases), G ranks, E logical experts.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import time
+from collections.abc import Iterable
+
 import numpy as np
 
+from megatron_scalemoe.cost.replicas import replica_us
 from megatron_scalemoe.placement.objective import placement_cost
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
 from megatron_scalemoe.placement.replicate_drift import expected_load, plausible_loads
@@ -11,19 +20,133 @@ from megatron_scalemoe.placement.replicate_search import improve
 from megatron_scalemoe.placement.replicate_start import balanced_homes, chained_replicas, packed_replicas
 from megatron_scalemoe.split import balanced_max_load, balanced_shares
 
+# Loads that a placement is judged by, and rounds of the search: 16 ranks x 32 experts get all, more experts fewer, as each takes longer.
+CASES, FEWEST_CASES = 12, 4
+DRAWS, FEWEST_DRAWS = 40, 6
+_SMALL = 64  # experts + replicas
+# Largest rank loads, relative to the mean, and parts of the replicas that are tried besides perfect balance and all replicas.
+_TARGETS = (1.01, 1.03, 1.06, 1.1, 1.2, 1.35, 1.6, 2.0, 3.0, 5.0)
+_PARTS = (0.75, 0.5, 0.25)
+# A price below this part of the cost is not worth a search.
+_CHEAP = 0.002
+# Trials to drop replicas that do not pay.
+_DROPS = 100
 
-def add_replicas(problem: LayerProblem, home_rank_E: np.ndarray, *, rng: np.random.Generator, deadline: float, cases=12, draws=80, trace=None) -> Solution:
-    loads_BE = plausible_loads(problem.traffic.loads, cases, rng)
+
+def add_replicas(problem: LayerProblem, home_rank_E: np.ndarray, *, rng: np.random.Generator, deadline: float) -> Solution:
+    """Adds up to `problem.replicas` replicas to the homes (int [E]), and improves both.
+
+    The judge is `placement_cost` under the best split of the mean traffic, the price of the replicas included, plus what the largest
+    rank load grows by over the last recorded steps and plausible drift (`replicate_drift`). It picks the best of several constructions
+    (`replicate_start`), or no replicas at all; then homes and replicas are improved together (`replicate_search`), and replicas that do
+    not pay are dropped. By this judge the result is never worse than the homes alone.
+
+    Deterministic for `rng`, unless `deadline`, a `time.monotonic()` value, cuts it short.
+    """
+    bare = Solution.without_replicas(np.asarray(home_rank_E, dtype=np.int64), problem.num_ranks)
+    if not problem.replicas or not problem.load.any():
+        return bare
+    effort = min(1.0, _SMALL / (problem.num_experts + problem.replicas)) ** 0.5
+    loads_BE, weight_B = plausible_loads(problem.traffic.loads, max(FEWEST_CASES, round(CASES * effort)), rng)
+    judge = _judge(problem, bare, loads_BE, weight_B)
+    best = _best_start(judge, bare, deadline)
+    best = improve(
+        best,
+        loads_BE,
+        weight_B,
+        judge.cost_us,
+        replicas=problem.replicas,
+        per_rank=problem.replica_slots_per_rank,
+        draws=max(FEWEST_DRAWS, round(DRAWS * effort)),
+        rng=rng,
+        deadline=deadline,
+    )
+    return _without_unpaid(judge, best, deadline)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Judge:
+    """What a placement costs. loads_BE, weight_B: the loads it should bear; us_per_token: what the cost grows by with the largest rank
+    load; bare_us: the plain cost of the homes alone, which no result may exceed.
+    """
+
+    problem: LayerProblem
+    loads_BE: np.ndarray
+    weight_B: np.ndarray
+    us_per_token: float
+    bare_us: float
+
+    def cost_us(self, solution: Solution, largest: float | None = None) -> float:
+        """largest: the weighted mean of the largest rank load, if it is known."""
+        if largest is None:
+            largest = float(self.weight_B @ balanced_max_load(self.loads_BE, solution.hosts)[0])
+        load_E = self.problem.load
+        share_EG = balanced_shares(load_E, solution.hosts)
+        cost = placement_cost(self.problem, share_EG, solution.hosts, solution.home_rank)
+        if cost.total_us > self.bare_us:
+            return math.inf
+        return cost.total_us + self.us_per_token * (largest - float((load_E @ share_EG).max()))
+
+    def price_us(self, solution: Solution) -> float:
+        return replica_us(solution.home_rank, solution.hosts, self.problem.cost, self.problem.ports)
+
+    def costs(self, solutions: Iterable[Solution], deadline: float) -> list[tuple[float, Solution]]:
+        """Of one solution at least, and of the others until the deadline."""
+        judged = []
+        for solution in solutions:
+            judged.append((self.cost_us(solution), solution))
+            if time.monotonic() > deadline:
+                break
+        return judged
+
+
+def _judge(problem: LayerProblem, bare: Solution, loads_BE: np.ndarray, weight_B: np.ndarray) -> _Judge:
+    bare_us = placement_cost(problem, bare.hosts.astype(np.float64)).total_us
+    return _Judge(problem, loads_BE, weight_B, bare_us / float((problem.load @ bare.hosts).max()), bare_us)
+
+
+def _best_start(judge: _Judge, bare: Solution, deadline: float) -> Solution:
+    problem = judge.problem
     load_E = expected_load(problem.traffic.loads)
-    G = problem.num_ranks
-    kw = dict(replicas=problem.replicas, per_rank=problem.replica_slots_per_rank)
-    starts = []
-    for homes in (home_rank_E, balanced_homes(load_E, G)):
-        for own in (False, True):
-            starts.append(chained_replicas(load_E, homes, problem.ports.node_of_rank, target=load_E.sum() / G, own_node=own, **kw))
-    starts.append(packed_replicas(load_E, home_rank_E, ranks=G, **kw))
-    def cost_us(s, v):
-        return v
-    vals = [balanced_max_load(loads_BE, s.hosts)[0].mean() for s in starts]
-    best = starts[int(np.argmin(vals))]
-    return improve(best, loads_BE, cost_us, draws=draws, rng=rng, deadline=deadline, **kw)
+    ranks, per_rank, replicas = problem.num_ranks, problem.replica_slots_per_rank, problem.replicas
+    mean, node_G = load_E.sum() / ranks, problem.ports.node_of_rank
+
+    def chained(homes_E: np.ndarray, own_node: bool, target: float = 1.0) -> Solution:
+        return chained_replicas(load_E, homes_E, node_G, target=target * mean, replicas=replicas, per_rank=per_rank, own_node=own_node)
+
+    def packed(heaviest_E: np.ndarray, number: int = replicas) -> Solution:
+        return packed_replicas(heaviest_E, ranks=ranks, replicas=number, per_rank=per_rank)
+
+    starts = judge.costs([bare], deadline) + judge.costs((packed(heaviest_E) for heaviest_E in (load_E, problem.load)), deadline)
+    kinds = [(homes_E, own_node) for homes_E in (bare.home_rank, balanced_homes(load_E, ranks)) for own_node in (True, False)]
+    full = judge.costs((chained(*kind) for kind in kinds), deadline)
+    number = min(range(len(full)), key=lambda i: full[i][0])
+    full_us, best_full = full[number]
+    reached = balanced_max_load(load_E[None], best_full.hosts)[0][0] / mean
+    # Fewer replicas cost less; and a target that can be reached is better than one that cannot.
+    expensive = judge.price_us(best_full) > _CHEAP * full_us
+    targets = [target for target in _TARGETS if expensive or target < reached]
+    if time.monotonic() < deadline:
+        starts += judge.costs((chained(*kinds[number], target) for target in targets), deadline)
+    if expensive and time.monotonic() < deadline:
+        starts += judge.costs((packed(load_E, int(replicas * part)) for part in _PARTS), deadline)
+    return min(starts + full, key=lambda start: start[0])[1]
+
+
+def _without_unpaid(judge: _Judge, solution: Solution, deadline: float) -> Solution:
+    """Drops, one by one, replicas whose price is more than they save; those with the fewest tokens first."""
+    best, best_us, price_us = solution, judge.cost_us(solution), judge.price_us(solution)
+    if price_us < _CHEAP * best_us:
+        return best
+    load_E, ranks = judge.problem.load, judge.problem.num_ranks
+    tokens_EG = balanced_shares(load_E, best.hosts) * load_E[:, None]
+    expert, rank = np.nonzero(best.hosts & (np.arange(ranks) != best.home_rank[:, None]))
+    for i in np.argsort(tokens_EG[expert, rank], kind="stable")[:_DROPS]:
+        if time.monotonic() > deadline:
+            break
+        tried = Solution(best.home_rank, best.hosts.copy())
+        tried.hosts[expert[i], rank[i]] = False
+        tried_price_us = judge.price_us(tried)
+        if tried_price_us < price_us and (tried_us := judge.cost_us(tried)) < best_us:
+            best, best_us, price_us = tried, tried_us, tried_price_us
+    return best

@@ -1,4 +1,4 @@
-"""Loads to judge a placement by: what was recorded last, and plausible drift from there, because plans are always older than the traffic."""
+"""Loads to judge a placement by: what was recorded last, and plausible drift from there, as plans are always older than the traffic."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ def expected_load(loads_SE: np.ndarray) -> np.ndarray:
     recent_SE = loads_SE[-RECENT_STEPS:]
     weight_S = 0.5 ** np.arange(len(recent_SE))[::-1]
     load_E = weight_S @ recent_SE
-    return load_E * (loads_SE.sum() / len(loads_SE) / max(load_E.sum(), np.finfo(float).tiny))
+    if not load_E.any():
+        return loads_SE.mean(axis=0)
+    return load_E * (loads_SE.sum() / len(loads_SE) / load_E.sum())
 
 
-def plausible_loads(loads_SE: np.ndarray, cases: int, rng: np.random.Generator) -> np.ndarray:
-    """float64 [cases, E], all with the same total: the last recorded steps (up to a third of the cases), the rest drawn around
-    `expected_load` by lognormal changes of each expert, from as large as between recorded steps to three times that.
+def plausible_loads(loads_SE: np.ndarray, cases: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [B, E] loads, B = `cases`, all with the same total; float64 [B], their weights, with sum 1.
 
-    loads_SE: float [S, E], oldest first. Changes are drawn in opposite pairs, so that few cases suffice.
+    One half of the weight: the last recorded steps (up to a third of the cases, at least one), each with half the weight of the next one.
+    The other half: drawn around `expected_load` by lognormal changes of each expert, from as large as between recorded steps to three times
+    that; in opposite pairs, so that few cases suffice.
+
+    loads_SE: float [S, E], oldest first.
     """
     center_E = expected_load(loads_SE)
-    total = center_E.sum()
     recorded_SE = loads_SE[-min(RECENT_STEPS, max(1, cases // 3)) :]
     drawn = cases - len(recorded_SE)
     noise = rng.standard_normal((-(-drawn // 2), center_E.size))
@@ -36,7 +40,10 @@ def plausible_loads(loads_SE: np.ndarray, cases: int, rng: np.random.Generator) 
     change = _drift_per_step(loads_SE) * growth * noise
     drawn_BE = center_E * np.exp(np.stack([change, -change], axis=1).reshape(-1, center_E.size))[:drawn]
     loads_BE = np.concatenate([recorded_SE, drawn_BE])
-    return loads_BE * (total / np.maximum(loads_BE.sum(axis=1, keepdims=True), np.finfo(float).tiny))
+    weight_B = np.concatenate([0.5 ** np.arange(len(recorded_SE))[::-1], np.zeros(drawn)])
+    weight_B *= 0.5 / weight_B.sum()
+    weight_B[len(recorded_SE) :] = 0.5 / max(drawn, 1)
+    return loads_BE * (center_E.sum() / np.maximum(loads_BE.sum(axis=1, keepdims=True), np.finfo(float).tiny)), weight_B
 
 
 def _drift_per_step(loads_SE: np.ndarray) -> float:

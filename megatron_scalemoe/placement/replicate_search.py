@@ -19,7 +19,7 @@ from megatron_scalemoe.placement.problem import Solution
 from megatron_scalemoe.placement.replicate_moves import draw_moves, moved
 from megatron_scalemoe.split import balanced_max_load
 
-MOVES_PER_DRAW = 1536
+MOVES_PER_DRAW = 512
 LARGEST_POOL = 64
 # Arrays of this many moves x cases x cuts stay in the cache.
 _MOVES_AT_ONCE = 64
@@ -32,6 +32,7 @@ SMALLEST_GAIN = 2e-4
 def improve(
     start: Solution,
     loads_BE: np.ndarray,
+    weight_B: np.ndarray,
     cost_us: Callable[[Solution, float], float],
     *,
     replicas: int,
@@ -40,33 +41,35 @@ def improve(
     rng: np.random.Generator,
     deadline: float,
 ) -> Solution:
-    """The best placement found, by `cost_us(placement, mean over cases of the largest rank load)`, in `draws` rounds of moves.
+    """The best placement found, by `cost_us(placement, weighted mean of the largest rank load)`, in `draws` rounds of moves.
 
     replicas, per_rank: how many are allowed in total and on a rank. deadline: a `time.monotonic()` value.
     """
     best = start
     largest_B, cuts_BG = balanced_max_load(loads_BE, best.hosts)
-    best_us, pool_KG, idle = cost_us(best, largest_B.mean()), np.unique(cuts_BG, axis=0), 0
+    value, pool_KG, idle = float(weight_B @ largest_B), np.unique(cuts_BG, axis=0), 0
+    best_us = cost_us(best, value)
     for _ in range(draws):
-        above_B = np.where(cuts_BG.all(axis=1), 0.0, largest_B - loads_BE.sum(axis=1) / best.hosts.shape[1])
-        wanted = largest_B.mean() * (1 - SMALLEST_GAIN)
-        if idle >= PATIENCE or above_B.mean() < SMALLEST_GAIN * largest_B.mean() or time.monotonic() > deadline:
+        above_B = weight_B * np.where(cuts_BG.all(axis=1), 0.0, largest_B - loads_BE.mean(axis=1) * (loads_BE.shape[1] / cuts_BG.shape[1]))
+        smallest_gain = SMALLEST_GAIN * value
+        if idle >= PATIENCE or above_B.sum() < smallest_gain or time.monotonic() > deadline:
             break
         moves = draw_moves(best, cuts_BG, above_B, MOVES_PER_DRAW, replicas=replicas, per_rank=per_rank, rng=rng)
-        bound_M = lower_bounds(best, moves, pool_KG, loads_BE)
-        if not moves.size or bound_M.min() >= wanted:
+        bound_M = lower_bounds(best, moves, pool_KG, loads_BE, weight_B)
+        if not moves.size or bound_M.min() >= value - smallest_gain:
             idle += 1
             continue
         tried = moved(best, moves[bound_M.argmin()])
         tried_B, tried_cuts_BG = balanced_max_load(loads_BE, tried.hosts)
         pool_KG = _newest_first(tried_cuts_BG, pool_KG)
-        if tried_B.mean() < wanted and (tried_us := cost_us(tried, tried_B.mean())) < best_us:
-            best, best_us, largest_B, cuts_BG, idle = tried, tried_us, tried_B, tried_cuts_BG, 0
+        tried_value = float(weight_B @ tried_B)
+        if tried_value < value - smallest_gain and (tried_us := cost_us(tried, tried_value)) < best_us:
+            best, best_us, value, largest_B, cuts_BG, idle = tried, tried_us, tried_value, tried_B, tried_cuts_BG, 0
     return best
 
 
-def lower_bounds(solution: Solution, moves: np.ndarray, pool_KG: np.ndarray, loads_BE: np.ndarray) -> np.ndarray:
-    """float32 [M]: lower bounds of the mean over cases of the largest rank load after each move, from cuts `pool_KG` (bool)."""
+def lower_bounds(solution: Solution, moves: np.ndarray, pool_KG: np.ndarray, loads_BE: np.ndarray, weight_B: np.ndarray) -> np.ndarray:
+    """float64 [M]: lower bounds of the weighted mean of the largest rank load after each move, from cuts `pool_KG` (bool)."""
     experts, ranks = solution.hosts.shape
     beyond_GK = np.zeros((ranks + 1, len(pool_KG)), dtype=np.float32)
     beyond_GK[:ranks] = ~pool_KG.T
@@ -76,7 +79,7 @@ def lower_bounds(solution: Solution, moves: np.ndarray, pool_KG: np.ndarray, loa
     load_EB[:experts] = loads_BE.T
     per_rank_K = 1 / pool_KG.sum(axis=1, dtype=np.float32)
     inside_BK = load_EB.T @ (outside_EK == 0) * per_rank_K
-    bound_M = np.empty(len(moves), dtype=np.float32)
+    bound_M = np.empty(len(moves))
     for first in range(0, len(moves), _MOVES_AT_ONCE):
         some = moves[first : first + _MOVES_AT_ONCE]
         load_MBK = inside_BK
@@ -85,7 +88,7 @@ def lower_bounds(solution: Solution, moves: np.ndarray, pool_KG: np.ndarray, loa
             after_MK = before_MK - beyond_GK[left] + beyond_GK[joined]
             gain_MK = ((after_MK == 0) * per_rank_K) - ((before_MK == 0) * per_rank_K)
             load_MBK = load_MBK + load_EB[expert][:, :, None] * gain_MK[:, None, :]
-        bound_M[first : first + len(some)] = load_MBK.max(axis=2).mean(axis=1)
+        bound_M[first : first + len(some)] = load_MBK.max(axis=2) @ weight_B
     return bound_M
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from megatron_scalemoe.placement.problem import Solution
 
@@ -36,7 +35,9 @@ def chained_replicas(
             if not waiting_G[giver] or load_G[giver] <= target * (1 + 1e-9):
                 return solution
             expert = int(tokens_EG[:, giver].argmax())
-            taker = _taker(load_G, (free_G > 0) & ~hosts_EG[expert], target, own_node, node_of_rank_G == node_of_rank_G[home_rank_E[expert]])
+            taker = _taker(
+                load_G, (free_G > 0) & ~hosts_EG[expert], target, own_node, node_of_rank_G == node_of_rank_G[home_rank_E[expert]]
+            )
             waiting_G[giver] = taker >= 0
         moved = min(target - load_G[taker], tokens_EG[expert, giver])
         hosts_EG[expert, taker] = True
@@ -56,23 +57,34 @@ def _taker(load_G: np.ndarray, can_G: np.ndarray, target: float, own_node: bool,
     return int(np.where(can_G, load_G, np.inf).argmin()) if can_G.any() else -1
 
 
-def packed_replicas(load_E: np.ndarray, home_rank_E: np.ndarray, *, ranks: int, replicas: int, per_rank: int) -> Solution:
-    """Each copy goes to the expert with the largest load per copy; then the copies, heaviest first, to the least loaded rank with room
-    (EPLB's shape, for an even split). As many homes as possible stay where `home_rank_E` has them.
+def packed_replicas(load_E: np.ndarray, *, ranks: int, replicas: int, per_rank: int) -> Solution:
+    """Each copy goes to the expert with the largest load per copy; then the copies, heaviest first, to the least loaded rank with room:
+    EPLB's shape, meant for an even split. The last copy of an expert at the latest is its home, of which each rank takes E/G.
     """
     experts = load_E.size
     copies_E = _copies(load_E, replicas, ranks)
-    room_G = np.full(ranks, experts // ranks + per_rank)
-    load_G, hosts_EG = np.zeros(ranks), np.zeros((experts, ranks), dtype=bool)
-    for expert in np.repeat(np.arange(experts), copies_E)[np.argsort(-np.repeat(load_E / copies_E, copies_E), kind="stable")]:
-        can_G = (room_G > 0) & ~hosts_EG[expert]
-        if not can_G.any():
+    home_rank_E, hosts_EG, load_G = np.full(experts, -1), np.zeros((experts, ranks), dtype=bool), np.zeros(ranks)
+    homes_free_G, replicas_free_G = np.full(ranks, experts // ranks), np.full(ranks, per_rank)
+    left_E, heaviest_first = copies_E.copy(), np.argsort(-np.repeat(load_E / copies_E, copies_E), kind="stable")
+    for expert in np.repeat(np.arange(experts), copies_E)[heaviest_first]:
+        left_E[expert] -= 1
+        homeless = home_rank_E[expert] < 0
+        last_chance = homeless and left_E[expert] == 0
+        replica_G = (replicas_free_G > 0) & ~hosts_EG[expert] & (not last_chance)
+        # A replica may become the home where it is.
+        home_G = (homes_free_G > 0) & homeless & (~hosts_EG[expert] | last_chance)
+        if not (replica_G | home_G).any():
             continue  # every rank with room has this expert
-        rank = int(np.where(can_G, load_G, np.inf).argmin())
+        rank = int(np.where(replica_G | home_G, load_G, np.inf).argmin())
+        if replica_G[rank]:
+            replicas_free_G[rank] -= 1
+        else:
+            homes_free_G[rank] -= 1
+            replicas_free_G[rank] += hosts_EG[expert, rank]
+            home_rank_E[expert] = rank
         hosts_EG[expert, rank] = True
-        room_G[rank] -= 1
         load_G[rank] += load_E[expert] / copies_E[expert]
-    return _with_homes(hosts_EG, load_E / copies_E, home_rank_E, replicas, per_rank)
+    return Solution(home_rank_E, hosts_EG)
 
 
 def _copies(load_E: np.ndarray, replicas: int, ranks: int) -> np.ndarray:
@@ -87,25 +99,6 @@ def _copies(load_E: np.ndarray, replicas: int, ranks: int) -> np.ndarray:
         else:
             heapq.heapreplace(heap, (-load_E[expert] / copies_E[expert], expert))
     return copies_E
-
-
-def _with_homes(hosts_EG: np.ndarray, load_of_copy_E: np.ndarray, home_rank_E: np.ndarray, replicas: int, per_rank: int) -> Solution:
-    """Makes one host of each expert its home, E/G on each rank. Where copies leave a rank without enough homes, an expert from elsewhere
-    takes the place of the replica with the least load.
-    """
-    experts, ranks = hosts_EG.shape
-    seat_rank = np.repeat(np.arange(ranks), experts // ranks)
-    price_EG = np.where(hosts_EG, np.where(np.arange(ranks) == home_rank_E[:, None], 0.0, 1.0), 2.0 * experts)
-    solution = Solution.without_replicas(seat_rank[linear_sum_assignment(price_EG[:, seat_rank])[1]], ranks)
-    expert, rank = np.nonzero(hosts_EG & ~solution.hosts)
-    order = np.argsort(-load_of_copy_E[expert], kind="stable")
-    by_rank = order[np.argsort(rank[order], kind="stable")]
-    place = np.arange(by_rank.size) - np.searchsorted(rank[by_rank], rank[by_rank])
-    fits = np.zeros(order.size, dtype=bool)
-    fits[by_rank] = place < per_rank
-    kept = order[fits[order]][:replicas]
-    solution.hosts[expert[kept], rank[kept]] = True
-    return solution
 
 
 def balanced_homes(load_E: np.ndarray, ranks: int) -> np.ndarray:

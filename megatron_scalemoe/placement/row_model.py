@@ -3,8 +3,9 @@
 Deduplication makes rows a curved function of the placement. With S1 the selections of a group of experts (a rank's or a node's), and S2
 the tokens with two of them, counted once per pair, Dawson and Sankoff (1967) give distinct rows >= a S1 - b S2 for each pair (a, b) =
 (2/(r+1), 2/(r(r+1))), r = 1, 2, ... `LayerTraffic` with co-activation takes the largest of these, so each of them is a lower bound on it.
-S2 is half of a sum over experts of their pairs within the group; `partners` bounds each of these.
-Suffixes: G ranks, N nodes, E logical experts, K multipliers of the load, A price vectors.
+S2 is a sum over experts of their pairs within the group, each pair counted half for both, or whole for the lighter one; `partners` bounds
+each of these. The second way leaves the heaviest expert of a group all its rows, the first is better on the whole.
+Suffixes: G ranks, N nodes, E logical experts, W ways to count pairs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class RowModel:
     near_part_G, far_part_N, source_part_G, source_part_N: float64, the largest part of a group's selections that can come from the other
         ranks of its node (groups on rank g), from other nodes (groups in node n), from rank g, from node n.
     slots, at_least: the most and the fewest experts of a group that carry load; group_ranks: its most ranks.
-    partners: bounds of the pairs within a group; None: rows are not fewer than selections, or experts are taken as independent.
+    partners: bounds of the pairs, for each way to count them; none where no
+        rows are saved, or experts are taken as independent.
     """
 
     problem: LayerProblem
@@ -41,7 +43,7 @@ class RowModel:
     slots: int
     at_least: int
     group_ranks: int
-    partners: Partners | None
+    partners: tuple[Partners, ...]
 
     @property
     def depends_on_load(self) -> bool:
@@ -51,28 +53,29 @@ class RowModel:
     def rows_at(self, largest_load: float) -> RowBounds:
         """What holds where no rank has more selections than `largest_load` (may be inf)."""
         problem, topk, limit = self.problem, self.problem.traffic.topk, largest_load * self.group_ranks
-        none_E = np.zeros(problem.num_experts)
+        none_1E = np.zeros((1, problem.num_experts))
         if not self.depends_on_load:
-            return RowBounds(((1.0, 0.0),), none_E)
-        if self.partners is None:
-            return RowBounds(((_independent_factor(problem, self.slots, limit), 0.0),), none_E)
-        pairs_E = 0.5 * self.partners.most(limit)
-        ratio = float(_largest_ratio(pairs_E[:, None], problem.load, self.at_least)[0])
+            return RowBounds(((1.0, 0.0),), none_1E)
+        if not self.partners:
+            return RowBounds(((_independent_factor(problem, self.slots, limit), 0.0),), none_1E)
+        pairs_WE = np.stack([partners.most(limit) for partners in self.partners])
+        ratio = float(_largest_ratio(pairs_WE.T, problem.load, self.at_least).min())
         best = _best_r(ratio, topk)
         floor = max(1 / topk, 2 / (best + 1) * (1 - ratio / best)) if np.isfinite(ratio) else 1 / topk
-        usual = _best_r(float(pairs_E.sum()) / max(float(problem.load.sum()), 1e-300), topk)
+        usual = _best_r(float(pairs_WE.sum(axis=1).min()) / max(float(problem.load.sum()), 1e-300), topk)
         near_usual = [r for r in (usual - 1, usual, usual + 1) if 1 <= r < topk]
-        return RowBounds(((floor, 0.0), *((2 / (r + 1), 2 / (r * (r + 1))) for r in near_usual)), pairs_E)
+        return RowBounds(((floor, 0.0), *((2 / (r + 1), 2 / (r * (r + 1))) for r in near_usual)), pairs_WE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowBounds:
     """rows: pairs (a, b): a group's rows from some (or all) sources are at least a x (selections from them) - b x (largest part that comes
-    from them) x S2. All pairs hold; the first has b = 0. pairs_E: float64 [E], S2 of a group is at most the sum of x[e, group] pairs_E[e].
+    from them) x S2. All pairs hold; the first has b = 0.
+    pairs_WE: float64 [W, E], for each w, S2 of a group is at most the sum of x[e, group] pairs_WE[w, e].
     """
 
     rows: tuple[tuple[float, float], ...]
-    pairs_E: np.ndarray
+    pairs_WE: np.ndarray
 
 
 def row_model(problem: LayerProblem, *, group_ranks: tuple[int, int] = (1, 1)) -> RowModel:
@@ -87,9 +90,12 @@ def row_model(problem: LayerProblem, *, group_ranks: tuple[int, int] = (1, 1)) -
     # Shares of replicas may leave all of a group's load to one expert.
     at_least = 1 if problem.replicas else problem.homes_per_rank * group_ranks[0]
     parts = [_largest_ratio(part, load_E, at_least) for part in (near_EG, far_EN, counts_GE.T, counts_NE.T)]
-    partners = None
+    partners: tuple[Partners, ...] = ()
     if problem.cost.deduplicate and problem.traffic.topk > 1 and problem.traffic.coactivation is not None and slots > 1:
-        partners = find_partners(problem.traffic.coactivation, load_E, slots, fractional=problem.replicas > 0)
+        together_EE, heaviness_E = problem.traffic.coactivation, np.argsort(np.argsort(load_E, kind="stable"))
+        with_heavier_EE = np.where(heaviness_E[:, None] < heaviness_E, together_EE, 0.0)
+        ways = (0.5 * together_EE, with_heavier_EE)
+        partners = tuple(find_partners(way_EE, load_E, slots, fractional=problem.replicas > 0) for way_EE in ways)
     return RowModel(problem, near_EG, far_EN, counts_GE, counts_NE, *parts, slots, at_least, group_ranks[1], partners)
 
 

@@ -167,7 +167,7 @@ def _result(document: Document, kind: str, name: str) -> Result:
         row = {key: document.get((*field, key), str) if field or key in values else name}
         row |= {number: document.get((*field, number), float) for number in needed}
         row |= {number: document.get((*field, number), float) for number in optional if values.get(number) is not None}
-        if negative := next((number for number, value in row.items() if isinstance(value, float) and value < 0), None):
+        if negative := next((number for number, value in row.items() if isinstance(value, float) and value < 0 and number != "gap"), None):
             raise document.error((*field, negative), "must be 0 or more", found=row[negative])
         rows.append({"name": name, **row})
     return Result(name, rows, _curves(document) if kind == "plan result" else [])

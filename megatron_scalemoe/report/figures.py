@@ -32,6 +32,7 @@ _STYLE = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -101,7 +102,7 @@ def to_svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has fonts of its own
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", buffer.getvalue(), flags=re.DOTALL)
     text = re.sub(r"<[^>]*>", lambda tag: _on_page(tag[0], name), text[text.index("<svg") :])
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
@@ -150,6 +151,11 @@ def format_us(time_us: float) -> str:
 
 def _three_digits(value: float) -> str:
     return f"{value:#.3g}".rstrip(".") if abs(value) >= 5e-4 else f"{value:.0f}"
+
+
+def format_gap(gap: float) -> str:
+    """`0.0312` -> `3.1%`; rounding below zero is zero."""
+    return f"{round(gap, 3) + 0.0:.1%}"
 
 
 def format_ratio(value: float) -> str:

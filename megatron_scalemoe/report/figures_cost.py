@@ -20,6 +20,7 @@ from megatron_scalemoe.report.figures import (
     Table,
     bar_labels,
     drawing,
+    format_gap,
     format_ratio,
     format_us,
     label,
@@ -46,7 +47,7 @@ _COLUMNS = (
     ("waiting", "wait_share", lambda share: f"{share:.1%}"),
     ("bytes migrated", "migrated_bytes", format_bytes),
     ("lower bound", "lower_bound_us", format_us),
-    ("gap", "gap", lambda gap: f"{gap:.1%}"),
+    ("gap", "gap", format_gap),
     ("search", "seconds", lambda seconds: f"{seconds:.2f} s"),
 )
 _MAX_BARS = 24
@@ -93,7 +94,7 @@ def policies_finding(rows: Sequence[dict]) -> str:
     text = f"{best['policy']} takes {format_us(best['step_us'])} where {baseline['policy']} takes {format_us(baseline['step_us'])}"
     if best["step_us"] > 0:
         text += f", {format_ratio(baseline['step_us'] / best['step_us'])}x as fast"
-    return text + (f"; {best['gap']:.1%} above the lower bound" if "gap" in best else "")
+    return text + (f"; {format_gap(best['gap'])} above the lower bound" if "gap" in best else "")
 
 
 def best_policy(rows: Sequence[dict]) -> dict:

@@ -18,6 +18,7 @@ from megatron_scalemoe.report.figures import (
     Panel,
     Table,
     drawing,
+    format_gap,
     format_ratio,
     format_us,
     to_svg,
@@ -105,7 +106,7 @@ def change_panel(change: PlanChange) -> Panel:
         alt,
         svg,
         table,
-        "Homes carry parameters and optimizer state when they move; replicas are sent anew for each step.",
+        "Homes carry parameters and optimizer state when they move; replicas are sent anew for each optimizer step.",
     )
 
 
@@ -162,7 +163,9 @@ def convergence_panel(name: str, curves: Sequence[Curve], number: int) -> Panel:
         axis.set(xlabel="time since the layer's search began, s", ylabel=unit, xlim=(0, end_s or 1))
         if bounded and max(v[0] for v in on_grid) > _LOG_FROM:
             axis.set_yscale("log")
+            axis.set_yticks([t for t in (1, 1.5, 2, 3, 5, 8, 12, 20, 50, 100, 1000) if t <= max(v.max() for v in on_grid)])
             axis.yaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
         figure.legend(*axis.get_legend_handles_labels(), loc="outside upper left", ncols=2, borderaxespad=0)
         svg = to_svg(figure, f"convergence-{number}")
     rows = [
@@ -171,7 +174,7 @@ def convergence_panel(name: str, curves: Sequence[Curve], number: int) -> Panel:
             format_us(curve.points[0][1]),
             format_us(curve.points[-1][1]),
             format_us(curve.lower_bound_us) if curve.lower_bound_us else "–",
-            f"{curve.points[-1][1] / curve.lower_bound_us - 1:.1%}" if curve.lower_bound_us else "–",
+            format_gap(curve.points[-1][1] / curve.lower_bound_us - 1) if curve.lower_bound_us else "–",
             f"{curve.points[-1][0]:.3f}",
         ]
         for curve in curves

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_scalemoe.version import __version__
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MAX_CELL = 200
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:µs|ms|s|B|KiB|MiB|GiB|TiB|%)(?!\w))")
 
 
 def make_report(run: Run, cost: CostModel, *, command: str, date: datetime.datetime, progress: Callable[[str], None]) -> tuple[str, Story]:
@@ -29,6 +31,7 @@ def make_report(run: Run, cost: CostModel, *, command: str, date: datetime.datet
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["keep_units"] = lambda text: _BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", text)
     page = environment.get_template("report.html").render(
         run=run,
         story=story,

@@ -12,12 +12,14 @@ from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.plan import PlacementPlan
 from megatron_scalemoe.report.collect import Run
 from megatron_scalemoe.report.evaluate import CONTIGUOUS, Evaluation, evaluate_plans
-from megatron_scalemoe.report.figures import Panel, Table, format_ratio, format_us, report_style, to_svg
+from megatron_scalemoe.report.figures import Panel, Table, format_gap, format_ratio, format_us, report_style, to_svg
 from megatron_scalemoe.report.figures_cost import best_policy, dispatch_panel, policies_finding, policies_panel, solvers_panel
 from megatron_scalemoe.report.figures_load import link_panel, load_panel
 from megatron_scalemoe.report.figures_plan import change_panel, convergence_panel, plan_change
+from megatron_scalemoe.report.figures_topology import MAX_RANKS, bandwidth_panel
 from megatron_scalemoe.report.figures_trace import trace_figure
 from megatron_scalemoe.topology.graph import Topology
+from megatron_scalemoe.topology.routes import compute_routes
 from megatron_scalemoe.traffic.summary import summarize
 from megatron_scalemoe.traffic.trace import RoutingTrace
 from megatron_scalemoe.units import format_bytes
@@ -193,7 +195,10 @@ def _network(inputs: Inputs, evaluations: list[Evaluation]) -> Section | None:
     nodes = f"{topology.num_nodes} node{'s' if topology.num_nodes > 1 else ''}"
     lead = f"{topology.name}: {topology.num_ranks:,} GPUs in {nodes}, {len(topology.links):,} directed links."
     shown = [e for e in _first_and_best(evaluations) if e.link_us is not None] if evaluations else []
-    return Section("network", "Load of the links", lead, [link_panel(shown, topology.links)] if shown else [])
+    panels = [link_panel(shown, topology.links)] if shown else []
+    if 1 < topology.num_ranks <= MAX_RANKS:
+        panels.append(bandwidth_panel(topology, compute_routes(topology)))
+    return Section("network", "The network", lead, panels)
 
 
 def _plans(run: Run, inputs: Inputs, evaluations: list[Evaluation]) -> Section | None:
@@ -235,7 +240,7 @@ def _search_table(searches: Sequence) -> Table:
     for result in searches:
         for row in result.rows:
             bound, gap = row.get("lower_bound_us"), row.get("gap")
-            shown = ["–" if bound is None else format_us(bound), "–" if gap is None else f"{gap:.1%}"]
+            shown = ["–" if bound is None else format_us(bound), "–" if gap is None else format_gap(gap)]
             rows.append(
                 [result.name, row["solver"], format_us(row["cost_us"]), *shown, f"{row['seconds']:.2f}" if "seconds" in row else "–"]
             )
@@ -291,7 +296,7 @@ def _policy_tiles(baseline: dict, best: dict) -> list[Tile]:
         if key in best and baseline.get(key)
     ]
     if "gap" in best:
-        tiles.append(Tile("above the lower bound", f"{best['gap']:.1%}", "0 % is proven best"))
+        tiles.append(Tile("above the lower bound", format_gap(best["gap"]), "0 % is proven best"))
     return tiles
 
 

@@ -13,16 +13,16 @@ import numpy as np
 from megatron_scalemoe.cost.layer import LayerCost, layer_cost, replica_link_us
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.placement.migration import migration_bytes, migration_us, moves, state_bytes
 from megatron_scalemoe.plan import PlacementPlan
 from megatron_scalemoe.split import split_tokens
 from megatron_scalemoe.topology.graph import Topology
+from megatron_scalemoe.topology.ports import ports_of
 from megatron_scalemoe.topology.routes import Routes
 from megatron_scalemoe.traffic.trace import RoutingTrace
 
 # (trace, the steps whose counts it may see, the plan in force) -> the next plan
 Planner = Callable[[RoutingTrace, slice, PlacementPlan], PlacementPlan]
-# bf16 parameter 2, fp32 copy 4, two Adam moments 8: what moves with an expert's home.
-MIGRATED_BYTES_PER_PARAMETER = 14
 _PER_LAYER = ("dispatch_us", "combine_us", "compute_us", "replica_us", "total_us", "bytes_scale_out", "bytes_scale_up", "max_over_mean")
 
 
@@ -33,7 +33,8 @@ class Replay:
     dispatch_us, combine_us, compute_us, replica_us, total_us, bytes_scale_out, bytes_scale_up, max_over_mean: [S, L], see `LayerCost`.
     load: [S, L, G], selections that each rank computes. wait_us: [S, L, G], how long each rank waits for the most loaded one.
     link_time_us: [M], how long each link is busy in a step, mean over the steps after warm-up.
-    migrated_bytes: [S], parameters and optimizer state of the homes that moved just before each step.
+    migrated_bytes, migration_us: [S], parameters and optimizer state of the homes that moved just before each step, and their time
+        (not part of the step's).
     replans: how often the plan changed. warm_up_steps: the first steps, before there was a plan; not part of `summary`.
     """
 
@@ -49,13 +50,14 @@ class Replay:
     wait_us: np.ndarray
     link_time_us: np.ndarray
     migrated_bytes: np.ndarray
+    migration_us: np.ndarray
     replans: int
     warm_up_steps: int
 
     def summary(self) -> dict[str, float | int]:
         """Means over the steps after warm-up of each step's sum over the layers; `max_over_mean` over both steps and layers.
 
-        `wait_share`: the mean rank's waiting, as a share of the step. `migrated_bytes`: in all.
+        `wait_share`: the mean rank's waiting, as a share of the step. `migrated_bytes`, `migration_us`: of all replans together.
         """
         counted = slice(self.warm_up_steps, None)
         result: dict[str, float | int] = {"step_us": float(self.total_us[counted].sum(axis=1).mean())}
@@ -69,6 +71,7 @@ class Replay:
             "bytes_scale_up": float(self.bytes_scale_up[counted].sum(axis=1).mean()),
             "wait_share": float(wait_us / max(self.total_us[counted].sum(), np.finfo(float).tiny)),
             "migrated_bytes": float(self.migrated_bytes.sum()),
+            "migration_us": float(self.migration_us.sum()),
             "replans": self.replans,
             "steps": self.total_us.shape[0] - self.warm_up_steps,
             "warm_up_steps": self.warm_up_steps,
@@ -136,7 +139,7 @@ def replay_plans(
     Raises `ScaleMoEError` when trace, plan and topology do not have the same ranks, experts and layers.
     """
     steps: list[list[LayerCost]] = []
-    moved_homes, replans = np.zeros(trace.num_steps), 0
+    migrations, replans = np.zeros((2, trace.num_steps)), 0
     previous, prices_us = None, []
     for step, plan in zip(range(trace.num_steps), plans, strict=True):
         if plan is not previous:
@@ -144,12 +147,12 @@ def replay_plans(
             prices_us = [replica_link_us(plan.home_rank[i], plan.hosts(i), cost, routes) for i in range(plan.num_layers)]
             if previous is not None:
                 replans += plan.content_hash != previous.content_hash
-                moved_homes[step] = (plan.home_rank != previous.home_rank).sum()
+                migrations[:, step] = _migration(previous, plan, routes, topology, cost)
             previous = plan
         steps.append(_replay_step(trace, step, plan, prices_us, routes, topology, cost, even))
         if progress is not None:
             progress(step + 1)
-    return _collect(steps, moved_homes * cost.expert_parameters * MIGRATED_BYTES_PER_PARAMETER, cost, replans, warm_up_steps)
+    return _collect(steps, migrations, cost, replans, warm_up_steps)
 
 
 def check_fits(trace: RoutingTrace, plan: PlacementPlan, topology: Topology) -> None:
@@ -182,7 +185,13 @@ def _replay_step(
     return layers
 
 
-def _collect(steps: list[list[LayerCost]], migrated_bytes: np.ndarray, cost: CostModel, replans: int, warm_up_steps: int) -> Replay:
+def _migration(old: PlacementPlan, new: PlacementPlan, routes: Routes, topology: Topology, cost: CostModel) -> tuple[float, float]:
+    """(bytes, us) of moving the homes from one plan to the next."""
+    moved = moves(old, new)
+    return migration_bytes(moved, cost), migration_us(moved, ports_of(topology, routes), state_bytes(cost))
+
+
+def _collect(steps: list[list[LayerCost]], migrations: np.ndarray, cost: CostModel, replans: int, warm_up_steps: int) -> Replay:
     columns = {name: np.array([[getattr(layer, name) for layer in step] for step in steps]) for name in _PER_LAYER}
     load = np.array([[layer.load_G for layer in step] for step in steps])
     counted = steps[warm_up_steps:]
@@ -191,7 +200,8 @@ def _collect(steps: list[list[LayerCost]], migrated_bytes: np.ndarray, cost: Cos
         load=load,
         wait_us=(load.max(axis=2, keepdims=True) - load) * cost.compute_us_per_row,
         link_time_us=np.sum([layer.link_time_us_M for step in counted for layer in step], axis=0) / len(counted),
-        migrated_bytes=migrated_bytes,
+        migrated_bytes=migrations[0],
+        migration_us=migrations[1],
         replans=replans,
         warm_up_steps=warm_up_steps,
     )

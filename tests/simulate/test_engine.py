@@ -20,7 +20,7 @@ TOPOLOGY = star_cluster(equal_nodes(2, 2), seed=5)
 ROUTES = compute_routes(TOPOLOGY)
 SUMMARY_KEYS = (
     "step_us dispatch_us combine_us compute_us replica_us max_over_mean_mean max_over_mean_p95 bytes_scale_out bytes_scale_up wait_share "
-    "migrated_bytes replans steps warm_up_steps"
+    "migrated_bytes migration_us replans steps warm_up_steps"
 )
 
 
@@ -116,6 +116,8 @@ def test_replanning_counts_changed_plans_and_moved_homes_only():
     moved = 2 * COST.expert_parameters * 14
     assert replay.migrated_bytes.tolist() == [0, 0, moved, 0, 0, 0]
     assert (replay.replans, replay.summary()["migrated_bytes"]) == (1, moved)
+    assert np.flatnonzero(replay.migration_us).tolist() == [2]
+    assert replay.summary()["migration_us"] == replay.migration_us[2]
 
 
 def test_progress_is_told_after_every_step():
