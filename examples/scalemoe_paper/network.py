@@ -21,9 +21,7 @@ from megatron_scalemoe.topology.routes import Routes, compute_routes
 _TOPOLOGIES = Path(__file__).resolve().parent.parent / "topologies"
 NETWORKS = ("homogeneous", "heterogeneous")
 # As DeepSpeed and Tutel send: one row per (token, expert).
-_COST = CostModel(
-    hidden_size=HIDDEN_SIZE, ffn_hidden_size=4 * HIDDEN_SIZE, gated=False, bytes_per_value=BYTES_PER_VALUE, deduplicate=False
-)
+_COST = CostModel(hidden_size=HIDDEN_SIZE, ffn_hidden_size=4 * HIDDEN_SIZE, gated=False, bytes_per_value=BYTES_PER_VALUE, deduplicate=False)
 # Dispatch and combine, forward and backward, in each layer.
 EXCHANGES = 4 * LAYERS
 

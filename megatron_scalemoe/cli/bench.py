@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megatron_scalemoe.cli import bench_solvers
 from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
 from megatron_scalemoe.cli.torchrun import run_ranks
 from megatron_scalemoe.environment import describe_environment, installed_version
@@ -43,6 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which all ranks are stopped (default %(default)g)")
     add_output_flags(parser)
     parser.set_defaults(handler=run_dispatch)
+    bench_solvers.add_parser(kinds)
 
 
 def run_dispatch(args: argparse.Namespace) -> int:

@@ -3,8 +3,9 @@
 ScaleMoE (Choi et al., PACT'25, section on dynamic expert clustering) clusters sequences by the experts that they chose, k-modes with a
 cluster for each device. A trace has no sequences, only what they leave behind: co-activation and source counts. So here experts are
 clustered, by k-means on their co-activation beyond chance (modularity, so that popular experts do not attract everybody), in clusters of
-fixed size: each step is a linear assignment of experts to places. First to nodes, then to the ranks of each node.
-Suffixes: G ranks, N nodes, E logical experts, X the experts and B the bins (nodes, or ranks) of one clustering.
+fixed size: each step is a linear assignment of experts to places. First experts to groups of a rank's size, then groups to nodes, then
+each node's groups to its ranks.
+Suffixes: G ranks, and groups; N nodes, E logical experts, X the items and B the bins of one clustering.
 """
 
 from __future__ import annotations
@@ -36,19 +37,24 @@ def solve_clustering(
     local = _has_locality(problem)
     if not deduplicated and not local:
         return solve_greedy(problem, rng=rng, deadline=deadline)
-    counts_GE, node_of_rank = problem.traffic.counts, problem.ports.node_of_rank
+    if problem.num_ranks == 1:
+        return np.zeros(problem.num_experts, dtype=np.int64)
+    counts_GE, ports = problem.traffic.counts, problem.ports
     pairs_EE = _beyond_chance(problem.traffic.coactivation) if deduplicated else np.zeros((problem.num_experts,) * 2)
     counts_EG = counts_GE.T - counts_GE.mean(axis=0)[:, None] if local else np.zeros((problem.num_experts, problem.num_ranks))
-    nodes, home_rank_E = np.arange(problem.ports.num_nodes), np.empty(problem.num_experts, dtype=np.int64)
-    ranks_N = np.bincount(node_of_rank, minlength=nodes.size)
-    counts_EN = counts_EG @ (node_of_rank[:, None] == nodes).astype(np.float64)
-    node_E = _cluster(pairs_EE, counts_EN, ranks_N * problem.homes_per_rank, rng, deadline)
-    for node in nodes:
-        experts, ranks = np.flatnonzero(node_E == node), np.flatnonzero(node_of_rank == node)
-        capacity_B = np.full(ranks.size, problem.homes_per_rank)
-        inside = _cluster(pairs_EE[np.ix_(experts, experts)], counts_EG[np.ix_(experts, ranks)], capacity_B, rng, deadline)
-        home_rank_E[experts] = ranks[inside]
-    return _even_out(problem, home_rank_E, deduplicated, deadline)
+    in_node_GN = (ports.node_of_rank[:, None] == np.arange(ports.num_nodes)).astype(np.float64)
+    # What comes from the own rank stays there; what comes from the own node at least stays inside it.
+    near_EG = counts_EG + (counts_EG @ in_node_GN)[:, ports.node_of_rank]
+    group_E = _cluster(pairs_EE, near_EG, np.full(problem.num_ranks, problem.homes_per_rank), rng, deadline)
+    in_group_EG = (group_E[:, None] == np.arange(problem.num_ranks)).astype(np.float64)
+    pairs_GG, group_counts_GG = in_group_EG.T @ pairs_EE @ in_group_EG, in_group_EG.T @ counts_EG
+    np.fill_diagonal(pairs_GG, 0.0)
+    node_of_group = _cluster(pairs_GG, group_counts_GG @ in_node_GN, in_node_GN.sum(axis=0).astype(np.int64), rng, deadline)
+    rank_of_group = np.empty(problem.num_ranks, dtype=np.int64)
+    for node in range(ports.num_nodes):
+        groups, ranks = np.flatnonzero(node_of_group == node), np.flatnonzero(ports.node_of_rank == node)
+        rank_of_group[groups] = ranks[linear_sum_assignment(group_counts_GG[np.ix_(groups, ranks)], maximize=True)[1]]
+    return _even_out(problem, rank_of_group[group_E], deduplicated, deadline)
 
 
 def _has_locality(problem: LayerProblem) -> bool:
@@ -68,7 +74,7 @@ def _beyond_chance(coactivation_EE: np.ndarray) -> np.ndarray:
 
 
 def _cluster(pairs_XX: np.ndarray, local_XB: np.ndarray, capacity_B: np.ndarray, rng: np.random.Generator, deadline: float) -> np.ndarray:
-    """int64 [X]: a bin for each expert, capacity_B[b] experts in bin b, by k-means whose distance is the affinity to a bin's members."""
+    """int64 [X]: a bin for each item, capacity_B[b] items in bin b, by k-means whose distance is the affinity to a bin's members."""
     if capacity_B.size == 1:
         return np.zeros(local_XB.shape[0], dtype=np.int64)
     place_bin = np.repeat(np.arange(capacity_B.size), capacity_B)
@@ -90,7 +96,7 @@ def _cluster(pairs_XX: np.ndarray, local_XB: np.ndarray, capacity_B: np.ndarray,
 
 
 def _seeds(pairs_XX: np.ndarray, bins: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [B]: experts with strong partners, each the least attached to the seeds before it; the first is drawn at random."""
+    """int64 [B]: items with strong partners, each the least attached to the seeds before it; the first is drawn at random."""
     strength_X = np.maximum(pairs_XX, 0.0).sum(axis=1)
     seeds = [int(rng.choice(np.argsort(-strength_X, kind="stable")[:bins]))]
     attached_X = np.maximum(pairs_XX[seeds[0]], 0.0)

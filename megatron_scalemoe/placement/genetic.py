@@ -94,8 +94,8 @@ def order_based_crossover(mother_E: np.ndarray, father_E: np.ndarray, rng: np.ra
 def paper_fitness(problem: LayerProblem, home_rank_E: np.ndarray) -> float:
     """The paper's: the sum over pairs of ranks of ((b s - CM[i][j]) h) / BM[i][j], in us.
 
-    b s: tokens of rank i. CM[i][j]: those that rank j's experts cover. h: bytes of a row. BM: bandwidth of the pair alone. As printed, it counts
-    the tokens that a pair does *not* exchange, and it knows neither load nor the busiest port: here for comparison only.
+    b s: tokens of rank i. CM[i][j]: those that rank j's experts cover. h: bytes of a row. BM: bandwidth of the pair alone. As printed, it
+    counts the tokens that a pair does *not* exchange, and knows neither load nor the busiest port: here for comparison only.
     """
     counts_GE = problem.traffic.counts
     tokens_G = counts_GE.sum(axis=1) / problem.traffic.topk

@@ -15,6 +15,8 @@ from megatron_scalemoe.placement.swap_delta import SwapTable
 _CANDIDATES = 4096
 # A gain below this part of the cost is rounding.
 LEAST_GAIN = 1e-9
+# Of the kicks, those that exchange two ranks.
+_WHOLE_RANKS = 0.3
 # Kicks without a better placement before the search ends.
 _PATIENCE = 60
 
@@ -33,10 +35,18 @@ def descend(table: SwapTable, *, rng: np.random.Generator, deadline: float) -> N
             return
 
 
-def kick(home_rank_E: np.ndarray, swaps: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [E]: a copy with the homes of some random experts passed around."""
+def kick(home_rank_E: np.ndarray, load_E: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """int64 [E]: a copy, disturbed in a way that no single swap undoes: the homes of a few random experts passed around; or all experts of
+    the fullest rank exchanged with another's: a hot expert can only move together with the light ones that keep it company.
+    """
+    load_G = np.bincount(home_rank_E, load_E)
+    if rng.random() < _WHOLE_RANKS:
+        order_G = np.arange(load_G.size)
+        fullest, other = load_G.argmax(), rng.integers(load_G.size)
+        order_G[[fullest, other]] = order_G[[other, fullest]]
+        return order_G[home_rank_E]
     kicked_E = home_rank_E.copy()
-    moved = rng.choice(home_rank_E.size, size=min(2 * swaps, home_rank_E.size), replace=False)
+    moved = rng.choice(home_rank_E.size, size=min(int(rng.integers(4, 12)), home_rank_E.size), replace=False)
     kicked_E[moved] = kicked_E[np.roll(moved, 1)]
     return kicked_E
 
@@ -54,7 +64,7 @@ def solve_local_search(
     if progress:
         progress(table.total_us)
     while failures < _PATIENCE and time.monotonic() < deadline:
-        table.reset(kick(best_E, int(rng.integers(2, 6)), rng))
+        table.reset(kick(best_E, problem.load, rng))
         descend(table, rng=rng, deadline=deadline)
         failures += 1
         if table.objective_us < best * (1 - LEAST_GAIN):

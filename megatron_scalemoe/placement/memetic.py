@@ -40,7 +40,7 @@ def solve_memetic(
     stale = 0
     waiting = [home_E for _, _, home_E in starts]
     while stale < _PATIENCE and time.monotonic() < deadline:
-        table.reset(waiting.pop(0) if waiting else _child(population, best_E, rng))
+        table.reset(waiting.pop(0) if waiting else _child(population, best_E, problem.load, rng))
         descend(table, rng=rng, deadline=deadline)
         _join(population, table)
         stale += not waiting
@@ -65,13 +65,13 @@ def _starts(problem: LayerProblem, table: SwapTable, rng: np.random.Generator, d
     return sorted(starts, key=lambda start: start[0])
 
 
-def _child(population: Population, best_E: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """int64 [E]: the best placement with a kick, or a cross of two of the population with a swap."""
+def _child(population: Population, best_E: np.ndarray, load_E: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """int64 [E]: the best placement with a kick, or a cross of two of the population."""
     if rng.random() < _KICK_RATE or len(population) < 2:
-        return kick(best_E, int(rng.integers(2, 6)), rng)
+        return kick(best_E, load_E, rng)
     mother_E, father_E = (population[i][1] for i in rng.choice(len(population), size=2, replace=False))
     slots_E = order_based_crossover(np.argsort(mother_E, kind="stable"), np.argsort(father_E, kind="stable"), rng)
-    return kick(homes_of_slots(slots_E, np.sort(mother_E)), 1, rng)
+    return homes_of_slots(slots_E, np.sort(mother_E))
 
 
 def _join(population: Population, table: SwapTable) -> None:

@@ -24,8 +24,8 @@ OPTIMIZER_BYTES_PER_PARAMETER = 4 + 4 + 4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moves:
-    """int64 arrays, one entry per expert that a rank gets, by layer, homes first: layer, expert, source (the old home rank; for a replica
-    the new home rank, which will send it its parameters), destination; and bool is_home: False for new replicas."""
+    """int64 arrays, one entry per home that moves and per new replica, by layer, homes first: layer, expert, source (the old home rank;
+    for a replica the new home rank, which will send it its parameters), destination; and bool is_home: False for replicas."""
 
     layer: np.ndarray
     expert: np.ndarray
@@ -68,16 +68,14 @@ def interchangeable_ranks(ports: Ports) -> np.ndarray:
 
 
 def moves(old: PlacementPlan, new: PlacementPlan) -> Moves:
-    """What each rank gets when `new` follows `old`. Raises `ScaleMoEError` if the plans are for different layers, ranks or experts."""
+    """What changes when `new` follows `old`. Raises `ScaleMoEError` if the plans are for different layers, ranks or experts."""
     _check_same_shape(old, new)
     old_rank_LE, new_rank_LE = old.home_rank, new.home_rank
     parts = []
     for layer in range(new.num_layers):
         moved = np.flatnonzero(old_rank_LE[layer] != new_rank_LE[layer])
         parts.append((layer, moved, old_rank_LE[layer, moved], new_rank_LE[layer, moved], True))
-        added_EG = new.hosts(layer) & ~old.hosts(layer)
-        added_EG[np.arange(new.num_logical_experts), new_rank_LE[layer]] = False
-        expert, rank = np.nonzero(added_EG)
+        expert, rank = np.nonzero(_replicas(new, layer) & ~_replicas(old, layer))
         parts.append((layer, expert, new_rank_LE[layer, expert], rank, False))
     layers = np.concatenate([np.full(part[1].size, part[0]) for part in parts])
     homes = np.concatenate([np.full(part[1].size, part[4]) for part in parts])
@@ -86,7 +84,7 @@ def moves(old: PlacementPlan, new: PlacementPlan) -> Moves:
 
 
 def replicas_removed(old: PlacementPlan, new: PlacementPlan) -> np.ndarray:
-    """int64 [L]: replicas of `old` that `new` no longer has (a replica that becomes the home counts: it is no replica any more)."""
+    """int64 [L]: replicas of `old` that `new` no longer has (one that becomes the home counts)."""
     _check_same_shape(old, new)
     return np.array([np.count_nonzero(_replicas(old, layer) & ~_replicas(new, layer)) for layer in range(new.num_layers)])
 

@@ -18,7 +18,7 @@ import dataclasses
 import numpy as np
 
 # Rates tried for each expert, as parts of (most pairs / mean load), beside 0.
-_RATES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
+_RATES = (0.03, 0.1, 0.25, 0.6)
 _PRICE_STEPS = 6
 
 
@@ -42,15 +42,15 @@ class Partners:
         return np.maximum(bound_AE[bound_AE.sum(axis=1).argmin()], 0.0)
 
 
-def find_partners(pairs_EE: np.ndarray, load_E: np.ndarray, slots: int, *, fractional: bool) -> Partners:
+def find_partners(pairs_EE: np.ndarray, load_E: np.ndarray, slots: int, *, fractional: bool, priced: bool) -> Partners:
     """For groups of at most `slots` (> 1) experts. fractional: shares of experts count, so none surely takes a whole place or its load.
-    pairs_EE: float [E, E], 0 or more; its diagonal does not count."""
+    pairs_EE: float [E, E], 0 or more; its diagonal does not count. priced: try prices too, which are good for symmetric pairs."""
     others = min(slots, load_E.size) - 1
     largest, mean_load = pairs_EE.max(), max(load_E.mean(), 1e-300)
     pairs_EE = pairs_EE.copy()
     np.fill_diagonal(pairs_EE, -np.inf)
     rate_K = np.array([0.0, *_RATES]) * (largest / mean_load)
-    prices = [np.zeros_like(load_E), _matching_prices(pairs_EE, others)]
+    prices = [np.zeros_like(load_E), *([_matching_prices(pairs_EE, others)] if priced else [])]
     gains = [[_largest_sum(pairs_EE - (a_E + rate * load_E), others) for rate in rate_K] for a_E in prices]
     counted = others + 1 if fractional else others
     return Partners(rate_K, np.array(gains), counted * np.array(prices), np.zeros_like(load_E) if fractional else load_E)

