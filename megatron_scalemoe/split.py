@@ -177,6 +177,8 @@ def _cumulative_in_runs(values: np.ndarray, run: np.ndarray) -> np.ndarray:
 
 def _balance_floats(loads_BE: np.ndarray, hosts_EG: np.ndarray, several_E: np.ndarray) -> tuple[np.ndarray, ...]:
     """`_balance` of float loads from an even start: float tokens [B, C], largest load [B], tight ranks [B, G]; and expert_C, rank_C."""
+    assert np.isfinite(loads_BE).all(), "loads must be finite"
+    assert (loads_BE >= 0).all(), "loads must be 0 or more"
     total_B = loads_BE.sum(axis=1)
     total_B = np.where(total_B > 0, total_B, 1.0)
     units_BE = np.rint(loads_BE * (_FLOAT_SCALE // len(loads_BE) / total_B)[:, None]).astype(np.int64)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_scalemoe.cli import topology_discover
 from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_output
@@ -48,6 +49,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         parser.add_argument("file", metavar="FILE", type=Path, help="topology YAML")
         add_output_flags(parser)
         parser.set_defaults(handler=handler)
+    topology_discover.add_parsers(kinds)
 
 
 def _add_build(kinds: argparse._SubParsersAction) -> None:

@@ -11,10 +11,9 @@ import dataclasses
 
 import numpy as np
 
-from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps
 from megatron_scalemoe.cost.replicas import replica_us
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
-from megatron_scalemoe.topology.ports import Ports
+from megatron_scalemoe.topology.ports import Ports, port_time_us
 from megatron_scalemoe.traffic.matrices import distinct_factor
 
 
@@ -57,22 +56,10 @@ def home_cost_us(problem: LayerProblem, home_rank_E: np.ndarray) -> float:
 
 def exchange_us(bytes_GG: np.ndarray, ports: Ports, overhead_us: float) -> float:
     """Time of one exchange: its busiest port, the largest latency among the pairs that talk, and the fixed overhead."""
-    node_G, ranks_G = ports.node_of_rank, np.arange(ports.num_ranks)
-    in_node_GN = node_G[:, None] == np.arange(ports.num_nodes)
-    to_node_GN, from_node_NG = bytes_GG @ in_node_GN, in_node_GN.T @ bytes_GG
-    local_G = bytes_GG.diagonal()
-    up_out_G, up_in_G = to_node_GN[ranks_G, node_G] - local_G, from_node_NG[node_G, ranks_G] - local_G
-    far_out_G, far_in_G = to_node_GN.sum(axis=1) - to_node_GN[ranks_G, node_G], from_node_NG.sum(axis=0) - from_node_NG[node_G, ranks_G]
-    times_us = (
-        up_out_G / ports.scale_up_out_GBps,
-        up_in_G / ports.scale_up_in_GBps,
-        far_out_G / ports.scale_out_out_GBps,
-        far_in_G / ports.scale_out_in_GBps,
-        far_out_G @ in_node_GN / ports.node_out_GBps,
-        far_in_G @ in_node_GN / ports.node_in_GBps,
-    )
-    busiest_us = max(float(t.max()) for t in times_us) / BYTES_PER_US_PER_GBps
-    # Sums that cancel leave rounding behind; a pair talks if more than that remains.
-    talk = 1e-9 * float(bytes_GG.sum())
-    latency_us = ports.scale_out_latency_us if far_out_G.max() > talk else ports.scale_up_latency_us if up_out_G.max() > talk else 0.0
-    return max(busiest_us, 0.0) + latency_us + overhead_us
+    talk_GG = bytes_GG > 0
+    np.fill_diagonal(talk_GG, False)
+    between_nodes_GG = ports.node_of_rank[:, None] != ports.node_of_rank
+    latency_us = 0.0
+    if talk_GG.any():
+        latency_us = ports.scale_out_latency_us if (talk_GG & between_nodes_GG).any() else ports.scale_up_latency_us
+    return port_time_us(bytes_GG, ports) + latency_us + overhead_us

@@ -30,10 +30,11 @@ def plausible_loads(loads_SE: np.ndarray, cases: int, rng: np.random.Generator) 
     The other half: drawn around `expected_load` by lognormal changes of each expert, from as large as between recorded steps to three times
     that; in opposite pairs, so that few cases suffice.
 
-    loads_SE: float [S, E], oldest first.
+    loads_SE: float [S, E], oldest first, not all 0. A recent step without tokens counts as the expected load.
     """
     center_E = expected_load(loads_SE)
     recorded_SE = loads_SE[-min(RECENT_STEPS, max(1, cases // 3)) :]
+    recorded_SE = np.where(recorded_SE.any(axis=1, keepdims=True), recorded_SE, center_E)
     drawn = cases - len(recorded_SE)
     noise = rng.standard_normal((-(-drawn // 2), center_E.size))
     growth = np.linspace(*_DRIFT_GROWTH, len(noise))[:, None]
@@ -43,7 +44,7 @@ def plausible_loads(loads_SE: np.ndarray, cases: int, rng: np.random.Generator) 
     weight_B = np.concatenate([0.5 ** np.arange(len(recorded_SE))[::-1], np.zeros(drawn)])
     weight_B *= 0.5 / weight_B.sum()
     weight_B[len(recorded_SE) :] = 0.5 / max(drawn, 1)
-    return loads_BE * (center_E.sum() / np.maximum(loads_BE.sum(axis=1, keepdims=True), np.finfo(float).tiny)), weight_B
+    return loads_BE * (center_E.sum() / loads_BE.sum(axis=1, keepdims=True)), weight_B
 
 
 def _drift_per_step(loads_SE: np.ndarray) -> float:

@@ -18,8 +18,8 @@ def chained_replicas(
     """Replicas that bring every rank to `target` tokens, as few as possible, at most `replicas`, and `per_rank` on a rank.
 
     Walker's alias method (1974), with ranks for buckets: the most loaded rank passes of its heaviest expert what fills the least loaded one
-    exactly; if it falls below the target by that, another fills it in turn. So G - 1 replicas, one per rank, can balance any homes exactly,
-    and each replica is a link of a chain along which later drift evens out.
+    exactly; if it falls below the target by that, another fills it in turn. So G - 1 replicas, one per rank, balance exactly wherever one
+    expert makes up a rank's excess; and each replica is a link of a chain along which later drift evens out.
 
     own_node: look first in the node of the expert's home, where replicas are cheaper.
     """

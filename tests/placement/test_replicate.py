@@ -144,7 +144,7 @@ def test_recorded_shape_50_steps_later_is_within_the_bars_of_an_old_plan():
 
 
 def eplb_shaped(load_E, ranks, replicas):
-    """Hosts after EPLB's description: replicate by load per copy, pack heaviest first; the order of slots, and homes, do not matter to it."""
+    """Hosts after EPLB's description: replicate by load per copy, pack heaviest first; it knows no homes."""
     copies = np.ones(load_E.size, dtype=int)
     for _ in range(replicas):
         copies[np.argmax(load_E / copies)] += 1

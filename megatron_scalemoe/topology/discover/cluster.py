@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from megatron_scalemoe.errors import ScaleMoEError
@@ -14,9 +15,9 @@ from megatron_scalemoe.topology.graph import Link, Topology, UnreachableError
 def cluster_of(layout: NodeLayout, fabric: Fabric, *, hosts: Sequence[str] | None = None, oversubscription: float = 1.0) -> Topology:
     """Node i is the i-th host: of `hosts` (a job's nodes, in rank order), else of the fabric. Its vertices are `node{i}/..`.
 
-    The NICs of a host that hangs on several leaves are dealt to them in turn (a rail-optimised fabric is leaves of all hosts each). The link
-    between two switches is `LinkSpeed` of the upper one if given, else as wide as all that hangs below, divided by `oversubscription` and by
-    the number of switches above. NICs of unknown speed get 200 Gb/s, or the `LinkSpeed` of their leaf.
+    The NICs of a host that hangs on several leaves are dealt to them in turn: rails are leaves with all hosts each. The link between two
+    switches is `LinkSpeed` of the upper one if given, else as wide as all that hangs below, divided by `oversubscription` and by the number
+    of switches above. NICs of unknown speed get the `LinkSpeed` of their leaf, or 200 Gb/s.
 
     Raises `ScaleMoEError` when a host is not in the fabric, the layout has no NIC, or hosts cannot reach each other.
     """
@@ -42,8 +43,8 @@ def _check(layout: NodeLayout, fabric: Fabric, hosts: Sequence[str], oversubscri
     if not vertices_of_kind(layout.topology, "nic"):
         problem = "a node on a network needs a NIC, and the node's layout has none"
         raise ScaleMoEError(problem, try_="NCCL's topology XML (it lists Ethernet too), or `topology build p4d --nodes 1` for --node")
-    if not oversubscription > 0:
-        raise ScaleMoEError("--oversubscription must be above 0", found=oversubscription)
+    if not (math.isfinite(oversubscription) and oversubscription > 0):
+        raise ScaleMoEError("--oversubscription must be a finite number above 0", found=oversubscription)
     if len(hosts) * len(layout.topology.links) > MAX_LINKS:
         problem = f"a cluster of at most {MAX_LINKS} links"
         raise ScaleMoEError(problem, found=f"{len(hosts)} hosts x {len(layout.topology.links)}", try_="--hosts with the job's nodes")

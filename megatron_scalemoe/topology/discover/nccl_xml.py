@@ -5,8 +5,8 @@
         <gpu dev sm rank> <nvlink target count tclass/> <c2c bw count/> </gpu>
         <nic> <net name dev speed/> </nic>                       speed in Mb/s; <nic> may stand under <cpu> too (virtual NICs)
 
-The elements and attributes are those that NCCL reads back (src/graph/xml.cc, topo.cc). Bandwidths are the standards' and data sheets', as in
-the builders, not NCCL's own lower estimates; only between sockets are its figures taken (topo.h), as they tell processors apart.
+The elements and attributes are those that NCCL reads back (src/graph/xml.cc, topo.cc). Bandwidths are the standards' and data sheets', as
+in the builders, not NCCL's own lower estimates; only between sockets are its figures taken (topo.h), as they tell processors apart.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ _LEVELS = {"PIX": ("pcie", "switch"), "PXB": ("pcie", "switch"), "PHB": ("bridge
 
 
 def add_pcie_tree(devices: Sequence[str], cells: Cells, numa: Sequence[int | None], pcie_GBps: float) -> tuple[Parts, list[str]]:
-    """Vertices `node0/gpu0..`, `node0/nic0..` (any device that is no GPU) in the matrix's order, and PCIe. Returns the parts, and the vertex
-    of each device. Every device ends at a NUMA node `node0/cpu#`; these are linked to each other."""
+    """Vertices `node0/gpu0..`, `node0/nic0..` (any device that is no GPU) in the matrix's order, and PCIe. Every device ends at a NUMA node
+    `node0/cpu0..`; these are linked to each other. Returns the parts, and the vertex of each device."""
     parts = Parts()
     counts = dict.fromkeys(("gpu", "nic", "pcie", "bridge", "cpu"), 0)
 

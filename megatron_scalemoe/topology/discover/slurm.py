@@ -158,8 +158,11 @@ def _children_first(path: Path, switches: dict[str, Switch], line_of: dict[str, 
         for child in switch.switches:
             if child not in switches:
                 raise error_at(path, line_of[switch.name], f"switch {child} of {switch.name} is not described in the file")
+    sorter = graphlib.TopologicalSorter(dict.fromkeys(switches, ()))  # first, so that leaves stay in the file's order
+    for switch in switches.values():
+        sorter.add(switch.name, *switch.switches)
     try:
-        order = list(graphlib.TopologicalSorter({s.name: s.switches for s in switches.values()}).static_order())
+        order = list(sorter.static_order())
     except graphlib.CycleError as error:
         loop = error.args[1]
         raise error_at(path, line_of[loop[0]], "switches hang on themselves", found=" - ".join(loop[:10])) from error
