@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -20,11 +21,14 @@ def check_output(path: Path | None, *, force: bool) -> None:
     """Raises `ScaleMoEError` if `--output` could not be written: called before a long run, not only after it."""
     if path is None:
         return
-    if path.is_dir():
+    # Not Path's own tests: they raise on a name that is too long.
+    if os.path.isdir(path):
         raise ScaleMoEError("--output must name a file", found=f"the directory {path}")
-    if path.exists() and not force:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ScaleMoEError("--output must name a regular file: it is replaced by a new one", found=f"the device or pipe {path}")
+    if os.path.exists(path) and not force:
         raise ScaleMoEError(f"--output: {path} exists", try_="--force to overwrite it, or another name")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ScaleMoEError("--output: the directory does not exist", found=path.parent, try_=f"mkdir -p {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise ScaleMoEError("--output: the directory is not writable", found=path.parent)
@@ -40,7 +44,8 @@ def write_atomically(path: Path, content: str | bytes, *, force: bool) -> None:
     except OSError as error:
         raise ScaleMoEError(f"--output: cannot write {path}", found=error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 
+from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import write_atomically
 
 OK = 0
@@ -21,15 +24,24 @@ def add_output_flags(parser: argparse.ArgumentParser, output_help: str = "also w
 
 def emit(args: argparse.Namespace, result: dict, text: str) -> None:
     """Prints a result as the output flags ask: `text`, or `result` as JSON."""
-    # First the screen: a full disk must not cost the user a measured result.
-    print_result(args, result, text)
-    if args.output is not None:
-        write_atomically(args.output, json.dumps(result, indent=2) + "\n", force=args.force)
+    # Neither a full disk nor a closed pipe (`| head`) must cost the user a measured result.
+    try:
+        print_result(args, result, text)
+    finally:
+        if args.output is not None:
+            write_atomically(args.output, json.dumps(result, indent=2) + "\n", force=args.force)
 
 
 def print_result(args: argparse.Namespace, result: dict, text: str) -> None:
     """For commands whose `--output` is something else than their result."""
-    print(json.dumps(result, indent=2) if args.json else text)
+    try:
+        print(json.dumps(result, indent=2) if args.json else text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Python must not try to write the rest again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ScaleMoEError("cannot write the result to stdout", found=error) from error
 
 
 def format_table(headers: list[str], rows: list[list[object]]) -> str:

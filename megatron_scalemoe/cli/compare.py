@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 from megatron_scalemoe.cli.common import OK, add_output_flags, emit, format_table
 from megatron_scalemoe.cli.cost_flags import add_cost_flags, cost_from_args
 from megatron_scalemoe.cli.inputs import load_plan_for, load_topology_and_trace
-from megatron_scalemoe.cli.planning import Planning, add_planning_flags, add_replanning_flags, check_planning_flags, planned_steps
+from megatron_scalemoe.cli.planning import (
+    Planning,
+    add_planning_flags,
+    add_replanning_flags,
+    check_planning_flags,
+    gap_to,
+    planned_steps,
+)
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_output
 from megatron_scalemoe.units import format_bytes
@@ -58,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
 
     planning = Planning.from_args(args)
     topology, trace = load_topology_and_trace(args.topology, args.trace, quiet=args.quiet)
+    if planning.warm_up_steps >= trace.num_steps:
+        problem = f"--replan-lag must be less than the {trace.num_steps} recorded steps of {args.trace}"
+        raise ScaleMoEError(problem, found=planning.warm_up_steps)
     cost = cost_from_args(args, trace.meta)
     policies = list(dict.fromkeys([BASELINE, *(args.policies or POLICIES)]))
     if args.policies is None and planning.replicas == 0 and trace.num_experts * trace.num_ranks <= _MOST_EXACT_VARIABLES:
@@ -65,19 +75,21 @@ def run(args: argparse.Namespace) -> int:
     for policy in policies:
         check_solver(policy)
     contiguous = PlacementPlan.contiguous(trace.num_layers, trace.num_ranks, trace.num_experts)
-    fixed = {BASELINE: [contiguous] * trace.num_steps}
-    fixed |= {str(path): [load_plan_for(path, trace, args.trace, topology)] * trace.num_steps for path in args.plans}
+    # A file may have the name of a solver: a plan goes with each name, or None where one is to be made.
+    candidates = [(policy, contiguous if policy == BASELINE else None) for policy in policies]
+    candidates += [(str(path), load_plan_for(path, trace, args.trace, topology)) for path in args.plans]
     price = _Pricing(trace, topology, cost, planning, even=args.split == "even")
     rows = []
-    for policy in _with_progress(args, [*policies, *map(str, args.plans)]):
+    for policy, plan in _with_progress(args, candidates):
         began = time.monotonic()
         try:
-            plans = list(fixed.get(policy) or price.plans(policy))
+            plans = [plan] * trace.num_steps if plan else list(price.plans(policy))
             rows.append(price.row(policy, plans, time.monotonic() - began))
         except ScaleMoEError as error:
             if policy != EXACT or args.policies:
                 raise
-            print(f"scalemoe: note: no exact solution: {error}", file=sys.stderr)
+            if not args.quiet:
+                print(f"scalemoe: note: no exact solution: {error}", file=sys.stderr)
     made_from = {"topology": str(args.topology), "trace": str(args.trace), "cost": dataclasses.asdict(cost)}
     result = {"rows": rows, "split": args.split, "replicas": planning.replicas, **made_from}
     emit(args, result, format_result(result))
@@ -85,20 +97,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Pricing:
-    """What is the same for all policies: inputs, routes, ports, and the lower bound, each computed once."""
+    """What is the same for all policies: inputs, routes, ports, and the lower bounds, each computed once."""
 
     def __init__(self, trace: RoutingTrace, topology: Topology, cost: CostModel, planning: Planning, *, even: bool):
-        from megatron_scalemoe.placement.bounds import lower_bound_us
-        from megatron_scalemoe.placement.problem import LayerProblem
         from megatron_scalemoe.topology.ports import ports_of
         from megatron_scalemoe.topology.routes import compute_routes
 
         self.trace, self.topology, self.cost, self.planning, self.even = trace, topology, cost, planning, even
         self.routes = compute_routes(topology)
         self.ports = ports_of(topology, self.routes)
-        options = {"ports": self.ports, "cost": cost, "replicas": planning.replicas}
-        problems = [LayerProblem(traffic=trace.layer(layer), **options) for layer in range(trace.num_layers)]
-        self.lower_bound_us = sum(map(lower_bound_us, problems))
+        self._bounds_us: dict[int, float] = {}
+
+    def lower_bound_us(self, plans: list[PlacementPlan]) -> float:
+        """No placement with as many slots as `plans`, or as the flags allow, costs less. Of a plan file, the slots may be more."""
+        from megatron_scalemoe.placement.bounds import lower_bound_us
+        from megatron_scalemoe.placement.problem import LayerProblem
+
+        experts, ranks = self.trace.num_experts, self.trace.num_ranks
+        slots = max(plan.physical_to_logical.shape[1] for plan in plans)
+        replicas = min(max(self.planning.replicas, slots - experts), experts * (ranks - 1))
+        if replicas not in self._bounds_us:
+            options = {"ports": self.ports, "cost": self.cost, "replicas": replicas}
+            problems = [LayerProblem(traffic=self.trace.layer(layer), **options) for layer in range(self.trace.num_layers)]
+            self._bounds_us[replicas] = sum(map(lower_bound_us, problems))
+        return self._bounds_us[replicas]
 
     def plans(self, policy: str) -> Iterable[PlacementPlan]:
         return planned_steps(policy, self.planning, self.trace, self.ports, self.cost)
@@ -112,16 +134,16 @@ class _Pricing:
         replay = replay_plans(self.trace, plans, *inputs, even=self.even, warm_up_steps=self.planning.warm_up_steps)
         layers = range(self.trace.num_layers)
         cost_us = sum(plan_cost(plans[-1], i, self.trace.layer(i), *inputs, even=self.even).total_us for i in layers)
-        gap = cost_us / self.lower_bound_us - 1 if self.lower_bound_us > 0 else 0.0
-        solved = {"cost_us": cost_us, "lower_bound_us": self.lower_bound_us, "gap": gap, "seconds": seconds}
+        bound_us = self.lower_bound_us(plans)
+        solved = {"cost_us": cost_us, "lower_bound_us": bound_us, "gap": gap_to(bound_us, cost_us), "seconds": seconds}
         return {"policy": policy, **replay.summary(), **solved}
 
 
-def _with_progress(args: argparse.Namespace, policies: list[str]):
+def _with_progress(args: argparse.Namespace, candidates: list[tuple[str, PlacementPlan | None]]):
     """On a terminal only."""
     from tqdm import tqdm
 
-    return tqdm(policies, unit="policy", desc="compare", file=sys.stderr, leave=False, disable=True if args.quiet else None)
+    return tqdm(candidates, unit="policy", desc="compare", file=sys.stderr, leave=False, disable=True if args.quiet else None)
 
 
 def format_result(result: dict) -> str:
@@ -132,7 +154,7 @@ def format_result(result: dict) -> str:
         [
             row["policy"],
             f"{row['step_us'] / 1e3:.3f}",
-            f"{baseline['step_us'] / row['step_us']:.2f}x",
+            f"{_speed(row, baseline):.2f}x",
             *(f"{row[f'{part}_us'] / 1e3:.3f}" for part in ("dispatch", "combine", "compute", "replica")),
             f"{row['max_over_mean_mean']:.3f}",
             f"{row['max_over_mean_p95']:.3f}",
@@ -143,8 +165,13 @@ def format_result(result: dict) -> str:
         for row in rows
     ]
     best = min(rows, key=lambda row: row["step_us"])
-    note = f"Fastest: {best['policy']}, {baseline['step_us'] / best['step_us']:.2f}x the speed of {BASELINE}."
+    note = f"Fastest: {best['policy']}, {_speed(best, baseline):.2f}x the speed of {BASELINE}."
     if baseline["warm_up_steps"]:
         note += f" The first {baseline['warm_up_steps']} recorded steps, before the first plan, are left out."
     times = f"Times are of one micro-batch through all MoE layers, mean of {baseline['steps']} recorded steps"
-    return f"{format_table(headers, cells)}\n\n{note}\n{times}; the gap is from a lower bound to the cost of the mean traffic."
+    gap = "the gap is from a lower bound, for as many slots, to the cost of the mean traffic"
+    return f"{format_table(headers, cells)}\n\n{note}\n{times}; {gap}."
+
+
+def _speed(row: dict, baseline: dict) -> float:
+    return baseline["step_us"] / row["step_us"] if row["step_us"] else 1.0

@@ -24,6 +24,9 @@ def load_topology_and_trace(topology_path: Path, trace_path: Path, *, quiet: boo
         problem = f"{topology_path} must have a GPU for each of the {trace.num_ranks} ranks of {trace_path}"
         try_ = f"a topology of {trace.num_ranks} GPUs or more, or a trace of {topology.num_ranks} ranks"
         raise ScaleMoEError(problem, found=f"{topology.num_ranks} GPUs", try_=try_)
+    if trace.num_experts % trace.num_ranks:
+        problem, found = f"{trace_path}: the number of experts must be a multiple of the ranks", f"{trace.num_experts} on {trace.num_ranks}"
+        raise ScaleMoEError(problem, found=found, try_="a trace of ranks that divide the experts")
     if topology.num_ranks > trace.num_ranks and not quiet:
         note = f"{topology_path} has {topology.num_ranks} GPUs, {trace_path} {trace.num_ranks} ranks: the first GPUs are used"
         print(f"scalemoe: note: {note}", file=sys.stderr)

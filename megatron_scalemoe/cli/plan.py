@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_scalemoe.cli.common import OK, add_output_flags, format_table, print_result
 from megatron_scalemoe.cli.cost_flags import add_cost_flags, cost_from_args
 from megatron_scalemoe.cli.inputs import load_topology_and_trace
-from megatron_scalemoe.cli.planning import DEFAULT_SOLVER, add_planning_flags, check_planning_flags
+from megatron_scalemoe.cli.planning import DEFAULT_SOLVER, add_planning_flags, check_planning_flags, gap_to
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_output
 from megatron_scalemoe.units import format_bytes
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_scalemoe.topology.routes import compute_routes
 
     topology, trace = load_topology_and_trace(args.topology, args.trace, quiet=args.quiet)
+    if (args.last_steps or 0) > trace.num_steps:
+        raise ScaleMoEError(f"--last-steps must be at most the {trace.num_steps} recorded steps of {args.trace}", found=args.last_steps)
     cost = cost_from_args(args, trace.meta)
     routes = compute_routes(topology)
     steps = slice(-args.last_steps, None) if args.last_steps else slice(None)
@@ -109,7 +111,7 @@ def _result(args: argparse.Namespace, result: SolveResult, plan: PlacementPlan, 
         "solver": plan.provenance["solver"],
         **price,
         "lower_bound_us": bound_us,
-        "gap": price["cost_us"] / bound_us - 1 if bound_us > 0 else 0.0,
+        "gap": gap_to(bound_us, price["cost_us"]),
         "seconds": result.seconds,
         "replicas": int(plan.num_replicas.sum()),
         "replica_slots": int(plan.num_layers * (args.replicas or 0)),
@@ -135,7 +137,7 @@ def format_result(result: dict) -> str:
     rows = [
         ["cost, all layers", f"{base['cost_us'] / 1e3:.3f} ms", f"{result['cost_us'] / 1e3:.3f} ms"],
         ["lower bound", "", f"{result['lower_bound_us'] / 1e3:.3f} ms"],
-        ["gap to it", f"{base['cost_us'] / result['lower_bound_us'] - 1:.1%}" if result["lower_bound_us"] else "", f"{result['gap']:.1%}"],
+        ["gap to it", f"{gap_to(result['lower_bound_us'], base['cost_us']):.1%}", f"{result['gap']:.1%}"],
         ["max/mean rank load, mean", f"{base['max_over_mean']:.3f}", f"{result['max_over_mean']:.3f}"],
         ["max/mean rank load, worst", f"{base['max_over_mean_worst']:.3f}", f"{result['max_over_mean_worst']:.3f}"],
         ["bytes scale-out", format_bytes(base["bytes_scale_out"]), format_bytes(result["bytes_scale_out"])],
@@ -147,7 +149,7 @@ def format_result(result: dict) -> str:
     faster = base["cost_us"] / result["cost_us"] if result["cost_us"] else 1.0
     note = f"{faster:.2f}x the speed of the contiguous placement, for one micro-batch of the trace's mean traffic."
     if result["replicas"] < result["replica_slots"]:
-        note += "\nReplica slots stay empty where a replica would cost more than it saves."
+        note += "\nReplica slots stay empty where the solver found no replica that saves more than it costs."
     return f"{table}\n\n{note}" + (
         f"\nWrote {result['plan']}" if result["plan"] else "\nNothing was written: add -o plan.json to keep the plan."
     )

@@ -44,7 +44,7 @@ def _add_discover(kinds: argparse._SubParsersAction) -> None:
     parser.add_argument("--nic-Gbps", metavar="N", type=float, help="speed of each NIC, where the file does not tell or is wrong")
     parser.add_argument("--slurm", metavar="FILE", type=Path, help="topology.conf: all of its nodes, each as the one described")
     parser.add_argument("--hosts", metavar="LIST", help="with --slurm: these nodes only, in rank order: $SLURM_JOB_NODELIST")
-    text = "with --slurm: a switch's bandwidth down, divided by up, where LinkSpeed is not given (default %(default)g)"
+    text = "with --slurm: a switch's bandwidth down, divided by that up (default %(default)g)"
     parser.add_argument("--oversubscription", metavar="R", type=float, default=1.0, help=text)
     add_output_flags(parser, _OUTPUT_HELP)
     parser.set_defaults(handler=run_discover)
@@ -78,15 +78,16 @@ def run_discover(args: argparse.Namespace) -> int:
     check_output(args.output, force=args.force)
     layout = _read_layout(args)
     if args.slurm is None:
-        topology, hosts = layout.topology, []
+        topology, hosts, notes = layout.topology, (), layout.notes
     else:
         fabric = read_slurm(args.slurm)
         hosts = fabric.hosts if args.hosts is None else expand_hostlist(args.hosts)
         topology = cluster_of(layout, fabric, hosts=hosts, oversubscription=args.oversubscription)
+        notes = layout.notes + fabric.notes
     if not args.quiet:
-        for note in layout.notes:
+        for note in notes:
             print(f"note: {note}", file=sys.stderr)
-    _write(args, topology, {"notes": list(layout.notes), "hosts": list(hosts)})
+    _write(args, topology, {"notes": list(notes), "hosts": list(hosts)})
     return OK
 
 
@@ -214,7 +215,7 @@ def format_measurement(result: dict) -> str:
             f"{row['source']} -> {row['destination']}",
             *(f"{row[key]:.4g}" for key in shown),
             f"{row['r2']:.3f}",
-            " ".join(f"{residual:+.0%}" for residual in row["residuals"]),
+            " ".join(f"{round(100 * residual):+d}%" for residual in row["residuals"]),
         ]
         for row in pairs[:_SHOWN_PAIRS]
     ]

@@ -1,4 +1,4 @@
-"""Lower bounds on what any placement of a layer costs (`objective.placement_cost(...).total_us`), to print beside every result.
+"""Lower bounds on what any placement of a layer costs (`objective.solution_cost(...).total_us`), to print beside every result.
 
 `combinatorial` is closed form: what must pass the ports with each expert at its best place, on average; through the busiest port by the
 pigeonhole principle (one of G ranks holds two of the G+1 heaviest experts ...); and through each port with the lightest experts behind
@@ -19,6 +19,7 @@ from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.port_program import PortFloor, PortProgram, port_program, same_both_ways
 from megatron_scalemoe.placement.problem import LayerProblem
+from megatron_scalemoe.placement.replica_bounds import replicated_floor
 from megatron_scalemoe.placement.row_model import RowBounds, RowModel, row_model
 from megatron_scalemoe.topology.ports import Ports
 
@@ -45,11 +46,12 @@ def lower_bound_us(problem: LayerProblem, *, method: str = "auto") -> float:
     without = _bound_us(dataclasses.replace(problem, replicas=0), use_lp)
     if not problem.replicas:
         return without
-    return min(without, _bound_us(problem, use_lp) + _cheapest_replica_us(problem))
+    within, group_ranks = (problem, (1, 1)) if problem.cost.exchange == "flat" else _between_nodes_only(problem)
+    return min(without, replicated_floor(within, group_ranks).total_us(problem.cost) + _cheapest_replica_us(problem))
 
 
 def _bound_us(problem: LayerProblem, use_lp: bool) -> float:
-    """The bound where replicas are free: the least over all possible largest loads of a rank, found by best-first bisection of them.
+    """Without replicas: the least over all possible largest loads of a rank, found by best-first bisection of them.
 
     The larger the load of a rank, the more its compute takes, and the more deduplication can save.
     """
@@ -57,7 +59,7 @@ def _bound_us(problem: LayerProblem, use_lp: bool) -> float:
     if problem.cost.exchange != "flat":
         problem, group_ranks = _between_nodes_only(problem)
     model = row_model(problem, group_ranks=group_ranks)
-    most_load = float(np.sort(problem.load)[::-1][: problem.homes_per_rank + problem.replica_slots_per_rank].sum())
+    most_load = float(np.sort(problem.load)[::-1][: problem.homes_per_rank].sum())
     whole = _LoadRange.of(model, least_load, max(most_load, least_load) * (1 + 1e-9))
     splits = _SPLITS if problem.num_experts * problem.num_ranks <= _SMALL_PAIRS else _SPLITS_OF_LARGE
     ranges = [whole]
@@ -107,9 +109,9 @@ def _between_nodes_only(problem: LayerProblem) -> tuple[LayerProblem, tuple[int,
 
 
 def least_largest_load(problem: LayerProblem) -> float:
-    """Selections of the most loaded rank, at least."""
+    """Selections of the most loaded rank, at least, without replicas."""
     load_E1 = np.broadcast_to(problem.load[:, None], (problem.num_experts, problem.num_ranks))
-    return _least_busiest(load_E1, np.ones(problem.num_ranks), np.full(problem.num_ranks, problem.homes_per_rank), problem)
+    return _least_busiest(load_E1, np.ones(problem.num_ranks), np.full(problem.num_ranks, problem.homes_per_rank))
 
 
 def port_floor(model: RowModel, bounds: RowBounds, least_load: float) -> PortFloor:
@@ -150,20 +152,18 @@ def _busiest_rows(model: RowModel, bounds: RowBounds, experts_GBps: tuple, sourc
         kinds = ((near_EG, homes_G), (far_EN[:, node_of_rank], homes_G), (far_EN, homes_N))
         for (weight_EX, homes_X), expert_GBps, source_GBps in zip(kinds, experts_GBps, sources_GBps, strict=True):
             on_average = weight_EX.min(axis=1).sum() / source_GBps.sum()
-            largest = max(largest, on_average, _least_busiest(weight_EX, expert_GBps, homes_X, problem))
+            largest = max(largest, on_average, _least_busiest(weight_EX, expert_GBps, homes_X))
         beside = (model.near_beside_G, model.far_beside_N[node_of_rank], model.far_beside_N)
         rows = _rows_beside_heaviest(a * problem.load - b * pairs_E, int(problem.load.argmax()), model.slots)
         largest = max(largest, *(rows * float((part_X / GBps_X).min()) for part_X, GBps_X in zip(beside, experts_GBps, strict=True)))
     return max(largest, bounds.rows[0][0] * _most_sent(model, sources_GBps))
 
 
-def _least_busiest(weight_EX: np.ndarray, capacity_X: np.ndarray, homes_X: np.ndarray, problem: LayerProblem) -> float:
+def _least_busiest(weight_EX: np.ndarray, capacity_X: np.ndarray, homes_X: np.ndarray) -> float:
     """The least possible largest sum of weight / capacity at a port, when each expert's tokens go to ports x and weigh weight_EX[e, x]."""
     least = float(weight_EX.min(axis=1).sum() / capacity_X.sum())
     lightest_first_E = np.sort((weight_EX / capacity_X).min(axis=1))
     most_E = lightest_first_E[::-1]
-    if problem.replicas:
-        return max(least, _with_copies(most_E, int(homes_X.max()) + _replica_slots(problem, homes_X), problem))
     by_port_X = -_sum_of_largest(-weight_EX.T, homes_X) / capacity_X
     # One of X ports has q+1 of the q X + 1 heaviest; what else it has is at least as much as the lightest that fill it.
     ports, fewest, most = homes_X.size, int(homes_X.min()), int(homes_X.max())
@@ -177,34 +177,13 @@ def _rows_beside_heaviest(rows_E: np.ndarray, heaviest: int, slots: int) -> floa
     return max(0.0, float(rows_E[heaviest] + np.sort(np.delete(rows_E, heaviest))[: slots - 1].sum()))
 
 
-def _replica_slots(problem: LayerProblem, homes_X: np.ndarray) -> int:
-    return problem.replica_slots_per_rank * int(homes_X.max()) // problem.homes_per_rank
-
-
-def _with_copies(most_E: np.ndarray, slots: int, problem: LayerProblem) -> float:
-    """With replicas: the largest weight per copy when each copy goes where it helps most (bisection on it)."""
-    if most_E[0] <= 0:
-        return 0.0
-    low, high = 0.0, float(most_E[0])
-    weight_E = most_E[most_E > 0]
-    for _ in range(50):
-        middle = (low + high) / 2
-        copies_E = np.ceil(weight_E / max(middle, high * 1e-12))
-        enough = copies_E.max() <= problem.num_ranks and (copies_E - 1).sum() <= problem.replicas
-        low, high = (low, middle) if enough else (middle, high)
-    return low + min(0.0, float(most_E[::-1][: slots - 1].sum()))
-
-
 def _most_sent(model: RowModel, sources_GBps: tuple) -> float:
     """Selections per GB/s of the busiest source: what it keeps is at most what it sends to the best experts that fit beside it."""
     problem, node_of_rank = model.problem, model.problem.ports.node_of_rank
-    slots = problem.homes_per_rank + problem.replica_slots_per_rank
-    ranks_N = np.bincount(node_of_rank, minlength=problem.ports.num_nodes)
-    kept_G = _sum_of_largest(model.counts_GE, slots * ranks_N[node_of_rank])
-    kept_N = _sum_of_largest(model.counts_NE, slots * ranks_N)
-    near_G = np.zeros(problem.num_ranks)
-    if not problem.replicas:
-        near_G = -_sum_of_largest(-model.counts_GE, problem.homes_per_rank * (ranks_N[node_of_rank] - 1))
+    homes_N = problem.homes_per_rank * np.bincount(node_of_rank, minlength=problem.ports.num_nodes)
+    kept_G = _sum_of_largest(model.counts_GE, homes_N[node_of_rank])
+    kept_N = _sum_of_largest(model.counts_NE, homes_N)
+    near_G = -_sum_of_largest(-model.counts_GE, homes_N[node_of_rank] - problem.homes_per_rank)
     sent = (near_G, model.counts_GE.sum(axis=1) - kept_G, model.counts_NE.sum(axis=1) - kept_N)
     return max(float((rows_X / GBps_X).max()) for rows_X, GBps_X in zip(sent, sources_GBps, strict=True))
 

@@ -50,7 +50,7 @@ class PortProgram:
 
 
 def port_program(model: RowModel, bounds: RowBounds, floor: PortFloor) -> PortProgram:
-    """The program of a flat exchange. Without replicas each rank gets exactly E/G experts, with them at most its slots."""
+    """The program of a flat exchange without replicas."""
     problem = model.problem
     experts, ranks, nodes = problem.num_experts, problem.num_ranks, problem.ports.num_nodes
     widths = (experts * ranks, experts * nodes, ranks, 4)
@@ -69,12 +69,8 @@ def port_program(model: RowModel, bounds: RowBounds, floor: PortFloor) -> PortPr
     equal = [(each_expert, None, None, None), (-to_node, sparse.eye_array(experts * nodes), None, None)]
     equal_limits = [one_E, np.zeros(experts * nodes)]
     each_rank = (_every(one_E, ranks), None, None, None)
-    if problem.replicas:
-        blocks.append(_row_block(each_rank, ranks, widths))
-        limits.append(one_G * (problem.homes_per_rank + problem.replica_slots_per_rank))
-    else:
-        equal.append(each_rank)
-        equal_limits.append(one_G * problem.homes_per_rank)
+    equal.append(each_rank)
+    equal_limits.append(one_G * problem.homes_per_rank)
     columns, shares = sum(widths), widths[0] + widths[1]
     least = np.array([floor.dispatch_us, floor.combine_us, floor.compute_us, unit_us]) / unit_us
     return PortProgram(

@@ -13,9 +13,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from megatron_scalemoe.cost.replicas import replica_us
-from megatron_scalemoe.placement.objective import placement_cost
+from megatron_scalemoe.placement.hierarchical import eplb_shaped
+from megatron_scalemoe.placement.objective import placement_cost, solution_cost
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
-from megatron_scalemoe.placement.replicate_drift import expected_load, plausible_loads
+from megatron_scalemoe.placement.replicate_drift import plausible_loads
+from megatron_scalemoe.placement.replicate_polish import polish
 from megatron_scalemoe.placement.replicate_search import improve
 from megatron_scalemoe.placement.replicate_start import balanced_homes, chained_replicas, packed_replicas
 from megatron_scalemoe.split import balanced_max_load, balanced_shares
@@ -24,6 +26,8 @@ from megatron_scalemoe.split import balanced_max_load, balanced_shares
 CASES, FEWEST_CASES = 12, 4
 DRAWS, FEWEST_DRAWS = 40, 6
 _SMALL = 64  # experts + replicas
+# Moves that are judged by their full cost, from each of two placements; far fewer for more experts.
+TRIALS = 400
 # Largest rank loads, relative to the mean, and parts of the replicas that are tried besides perfect balance and all replicas.
 _TARGETS = (1.01, 1.03, 1.06, 1.1, 1.2, 1.35, 1.6, 2.0, 3.0, 5.0)
 _PARTS = (0.75, 0.5, 0.25)
@@ -36,10 +40,10 @@ _DROPS = 100
 def add_replicas(problem: LayerProblem, home_rank_E: np.ndarray, *, rng: np.random.Generator, deadline: float) -> Solution:
     """Adds up to `problem.replicas` replicas to the homes (int [E]), and improves both.
 
-    The judge is `placement_cost` under the best split of the mean traffic, the price of the replicas included, plus what the largest
-    rank load grows by over the last recorded steps and plausible drift (`replicate_drift`). It picks the best of several constructions
-    (`replicate_start`), or no replicas at all; then homes and replicas are improved together (`replicate_search`), and replicas that do
-    not pay are dropped. By this judge the result is never worse than the homes alone.
+    The judge is `solution_cost` of the mean traffic, split as the runtime does, the price of the replicas included, plus what the largest
+    rank load grows by over the recorded steps and plausible drift (`replicate_drift`). It picks the best of several constructions
+    (`replicate_start`), or no replicas at all; then homes and replicas are improved together, first for balance (`replicate_search`), then
+    for cost (`replicate_polish`), and replicas that do not pay are dropped. By this judge the result is never worse than the homes alone.
 
     Deterministic for `rng`, unless `deadline`, a `time.monotonic()` value, cuts it short.
     """
@@ -49,19 +53,14 @@ def add_replicas(problem: LayerProblem, home_rank_E: np.ndarray, *, rng: np.rand
     effort = min(1.0, _SMALL / (problem.num_experts + problem.replicas)) ** 0.5
     loads_BE, weight_B = plausible_loads(problem.traffic.loads, max(FEWEST_CASES, round(CASES * effort)), rng)
     judge = _judge(problem, bare, loads_BE, weight_B)
-    best = _best_start(judge, bare, deadline)
-    best = improve(
-        best,
-        loads_BE,
-        weight_B,
-        judge.cost_us,
-        replicas=problem.replicas,
-        per_rank=problem.replica_slots_per_rank,
-        draws=max(FEWEST_DRAWS, round(DRAWS * effort)),
-        rng=rng,
-        deadline=deadline,
-    )
-    return _without_unpaid(judge, best, deadline)
+    limits = {"replicas": problem.replicas, "per_rank": problem.replica_slots_per_rank, "rng": rng, "deadline": deadline}
+    draws, trials = max(FEWEST_DRAWS, round(DRAWS * effort)), round(TRIALS * effort**2)
+    balanced = improve(_best_start(judge, bare, deadline), loads_BE, weight_B, judge.cost_us, draws=draws, **limits)
+    polished = [balanced]
+    for start in (balanced, eplb_shaped(problem)):
+        if time.monotonic() < deadline and judge.cost_us(start) < math.inf:
+            polished.append(polish(start, judge.plain_us, judge.cost_us, trials=trials, **limits))
+    return _without_unpaid(judge, min(polished, key=judge.cost_us), deadline)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,12 +79,14 @@ class _Judge:
         """largest: the weighted mean of the largest rank load, if it is known."""
         if largest is None:
             largest = float(self.weight_B @ balanced_max_load(self.loads_BE, solution.hosts)[0])
-        load_E = self.problem.load
-        share_EG = balanced_shares(load_E, solution.hosts)
-        cost = placement_cost(self.problem, share_EG, solution.hosts, solution.home_rank)
-        if cost.total_us > self.bare_us:
+        plain = solution_cost(self.problem, solution)
+        if plain.total_us > self.bare_us:
             return math.inf
-        return cost.total_us + self.us_per_token * (largest - float((load_E @ share_EG).max()))
+        return plain.total_us + self.us_per_token * (largest - plain.compute_us / self.problem.cost.compute_us_per_row)
+
+    def plain_us(self, solution: Solution) -> float:
+        """Of the mean traffic."""
+        return solution_cost(self.problem, solution).total_us
 
     def price_us(self, solution: Solution) -> float:
         return replica_us(solution.home_rank, solution.hosts, self.problem.cost, self.problem.ports)
@@ -107,17 +108,17 @@ def _judge(problem: LayerProblem, bare: Solution, loads_BE: np.ndarray, weight_B
 
 def _best_start(judge: _Judge, bare: Solution, deadline: float) -> Solution:
     problem = judge.problem
-    load_E = expected_load(problem.traffic.loads)
+    load_E = problem.load
     ranks, per_rank, replicas = problem.num_ranks, problem.replica_slots_per_rank, problem.replicas
     mean, node_G = load_E.sum() / ranks, problem.ports.node_of_rank
 
     def chained(homes_E: np.ndarray, own_node: bool, target: float = 1.0) -> Solution:
         return chained_replicas(load_E, homes_E, node_G, target=target * mean, replicas=replicas, per_rank=per_rank, own_node=own_node)
 
-    def packed(heaviest_E: np.ndarray, number: int = replicas) -> Solution:
-        return packed_replicas(heaviest_E, ranks=ranks, replicas=number, per_rank=per_rank)
+    def packed(number: int) -> Solution:
+        return packed_replicas(load_E, ranks=ranks, replicas=number, per_rank=per_rank)
 
-    starts = judge.costs([bare], deadline) + judge.costs((packed(heaviest_E) for heaviest_E in (load_E, problem.load)), deadline)
+    starts = judge.costs([bare], deadline) + judge.costs([packed(replicas), eplb_shaped(problem)], deadline)
     kinds = [(homes_E, own_node) for homes_E in (bare.home_rank, balanced_homes(load_E, ranks)) for own_node in (True, False)]
     full = judge.costs((chained(*kind) for kind in kinds), deadline)
     number = min(range(len(full)), key=lambda i: full[i][0])
@@ -129,7 +130,7 @@ def _best_start(judge: _Judge, bare: Solution, deadline: float) -> Solution:
     if time.monotonic() < deadline:
         starts += judge.costs((chained(*kinds[number], target) for target in targets), deadline)
     if expensive and time.monotonic() < deadline:
-        starts += judge.costs((packed(load_E, int(replicas * part)) for part in _PARTS), deadline)
+        starts += judge.costs((packed(int(replicas * part)) for part in _PARTS), deadline)
     return min(starts + full, key=lambda start: start[0])[1]
 
 

@@ -62,7 +62,7 @@ def packed_replicas(load_E: np.ndarray, *, ranks: int, replicas: int, per_rank: 
     EPLB's shape, meant for an even split. The last copy of an expert at the latest is its home, of which each rank takes E/G.
     """
     experts = load_E.size
-    copies_E = _copies(load_E, replicas, ranks)
+    copies_E = copies_by_load(load_E, replicas, ranks)
     home_rank_E, hosts_EG, load_G = np.full(experts, -1), np.zeros((experts, ranks), dtype=bool), np.zeros(ranks)
     homes_free_G, replicas_free_G = np.full(ranks, experts // ranks), np.full(ranks, per_rank)
     left_E, heaviest_first = copies_E.copy(), np.argsort(-np.repeat(load_E / copies_E, copies_E), kind="stable")
@@ -87,11 +87,16 @@ def packed_replicas(load_E: np.ndarray, *, ranks: int, replicas: int, per_rank: 
     return Solution(home_rank_E, hosts_EG)
 
 
-def _copies(load_E: np.ndarray, replicas: int, ranks: int) -> np.ndarray:
+def copies_by_load(load_E: np.ndarray, replicas: int, ranks: int) -> np.ndarray:
+    """int64 [E]: copies of each expert: one each, then one more of whichever has the largest load a copy (at most one a rank)."""
     copies_E = np.ones(load_E.size, dtype=np.int64)
     heap = [(-load, expert) for expert, load in enumerate(load_E)]
     heapq.heapify(heap)
+    if ranks == 1:
+        return copies_E
     for _ in range(replicas):
+        if not heap:
+            break  # every expert is on every rank
         _, expert = heap[0]
         copies_E[expert] += 1
         if copies_E[expert] == ranks:

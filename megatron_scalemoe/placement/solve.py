@@ -18,12 +18,11 @@ from megatron_scalemoe.placement.genetic import solve_genetic, solve_genetic_pap
 from megatron_scalemoe.placement.hierarchical import solve_hierarchical
 from megatron_scalemoe.placement.local_search import solve_local_search
 from megatron_scalemoe.placement.memetic import solve_memetic
-from megatron_scalemoe.placement.objective import placement_cost
+from megatron_scalemoe.placement.objective import solution_cost
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
 from megatron_scalemoe.placement.processes import run_jobs
 from megatron_scalemoe.placement.replicate import add_replicas
 from megatron_scalemoe.plan import PlacementPlan
-from megatron_scalemoe.split import balanced_shares
 from megatron_scalemoe.topology.ports import Ports
 from megatron_scalemoe.traffic.trace import LayerTraffic, RoutingTrace
 from megatron_scalemoe.version import __version__
@@ -53,7 +52,7 @@ _RESERVE = 0.04
 class LayerResult:
     """One layer's placement and how good it is.
 
-    cost_us: at the ports (`objective.placement_cost`), replicas included. lower_bound_us: no placement costs less.
+    cost_us: at the ports (`objective.solution_cost`), replicas included. lower_bound_us: no placement costs less.
     gap: cost_us / lower_bound_us - 1. history: (seconds, best cost_us so far) at each improvement. seconds: of the search alone.
     """
 
@@ -90,12 +89,6 @@ class SolveResult:
         return self.cost_us / self.lower_bound_us - 1 if self.lower_bound_us > 0 else 0.0 if self.cost_us == 0 else float("inf")
 
 
-def solution_cost_us(problem: LayerProblem, solution: Solution) -> float:
-    """Cost at the ports, with tokens split over replicas as the runtime does (`split.balanced_shares`)."""
-    share_EG = balanced_shares(problem.load, solution.hosts)
-    return placement_cost(problem, share_EG, solution.hosts, solution.home_rank).total_us
-
-
 def solve_layer(
     problem: LayerProblem,
     solver: str,
@@ -111,7 +104,7 @@ def solve_layer(
     check_solver(solver)
     began = time.monotonic()
     contiguous = Solution.without_replicas(contiguous_homes(problem), problem.num_ranks)
-    contiguous_us = solution_cost_us(problem, contiguous)
+    contiguous_us = solution_cost(problem, contiguous).total_us
     history = [(0.0, contiguous_us)]
 
     def record(cost_us: float) -> None:
@@ -120,7 +113,7 @@ def solve_layer(
             progress(cost_us)
 
     solution = _search(problem, solver, np.random.default_rng(seed), began + time_budget_s, record)
-    cost_us = solution_cost_us(problem, solution)
+    cost_us = solution_cost(problem, solution).total_us
     if solver not in BASELINES and contiguous_us < cost_us:
         solution, cost_us = contiguous, contiguous_us
     seconds = time.monotonic() - began
@@ -213,5 +206,5 @@ def _mean_of_layers(problems: list[LayerProblem]) -> LayerProblem:
 
 def _of_layer(problem: LayerProblem, shared: LayerResult) -> LayerResult:
     """The shared placement, judged by one layer's own traffic."""
-    cost_us = solution_cost_us(problem, shared.solution)
+    cost_us = solution_cost(problem, shared.solution).total_us
     return dataclasses.replace(shared, cost_us=cost_us, lower_bound_us=lower_bound_us(problem))

@@ -43,7 +43,7 @@ def fit_alpha_beta(num_bytes: np.ndarray, time_us: np.ndarray) -> AlphaBeta:
     alpha_us, us_per_byte = np.linalg.lstsq(design / scale, np.ones(time_us.size), rcond=None)[0] / scale
     if alpha_us < 0:
         alpha_us, us_per_byte = 0.0, design[:, 1].sum() / (design[:, 1] ** 2).sum()
-    if not us_per_byte > 0:
+    if not us_per_byte * np.ptp(num_bytes) > 1e-9 * time_us.max():
         problem = "larger messages did not take longer: no bandwidth can be told"
         raise ScaleMoEError(
             problem, found=f"{time_us.round(1).tolist()} us for {num_bytes.astype(int).tolist()} bytes", try_="larger --sizes"

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,10 @@ import numpy as np
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import SCHEMA_VERSION, read_bytes, write_atomically
+
+_ZIP = b"PK\x03\x04"
+# Nobody records more tokens; beyond, sums and ratios would overflow.
+_MOST_TOKENS = 1e15
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,6 +78,8 @@ class RoutingTrace:
         together = together.astype(np.float64)
         if not np.isfinite(together).all() or together.min() < 0 or not np.array_equal(together, together.transpose(0, 2, 1)):
             raise ScaleMoEError("coactivation must be symmetric, finite and 0 or more")
+        if together.max() > _MOST_TOKENS or together[together > 0].min(initial=1.0) < 1 / _MOST_TOKENS:
+            raise ScaleMoEError(f"coactivation must be 0, or from {1 / _MOST_TOKENS:g} to {_MOST_TOKENS:g} tokens")
         object.__setattr__(self, "coactivation", together)
 
     @property
@@ -139,23 +144,17 @@ def save_trace(trace: RoutingTrace, path: Path, *, force: bool = False) -> None:
 def load_trace(path: Path) -> RoutingTrace:
     """Reads and checks a trace file. Raises `ScaleMoEError` naming file and array."""
     raw = read_bytes(path)
+    if not raw.startswith(_ZIP):
+        found = f"a file that begins with {raw[:16]!r}"
+        raise ScaleMoEError(f"{path}: not a readable npz file", found=found, try_="scalemoe trace synth, or trace convert")
     try:
         with np.load(io.BytesIO(raw), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-        SyntaxError,
-    ) as error:
-        raise ScaleMoEError(f"{path}: not a readable npz file", found=error, try_="scalemoe trace synth, or trace convert") from error
-    except Exception as error:  # zlib.error, struct.error, MemoryError of a corrupt header...: npz has no one error of its own
-        raise ScaleMoEError(f"{path}: a damaged npz file", found=error) from error
+    except Exception as error:  # BadZipFile, zlib.error, ValueError, MemoryError of a corrupt header...: npz has no one error of its own
+        raise ScaleMoEError(f"{path}: not a readable npz file", found=error) from error
+    # A member that is no array at all comes back as bytes.
+    if broken := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise ScaleMoEError(f"{path}: {broken[0]}: must be an array", found="other bytes")
     if "counts" not in arrays:
         raise ScaleMoEError(f"{path}: counts: the array is missing", found=f"arrays {sorted(arrays)}")
     try:

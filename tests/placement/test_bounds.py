@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from megatron_scalemoe.cost.exchange import exchange_phases
 from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps, CostModel
+from megatron_scalemoe.cost.replicas import replica_us
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.baselines import solve_greedy
 from megatron_scalemoe.placement.bounds import least_largest_load, lower_bound_us
-from megatron_scalemoe.placement.objective import home_cost_us, placement_cost
+from megatron_scalemoe.placement.objective import home_cost_us, placement_cost, solution_cost
 from megatron_scalemoe.placement.partners import find_partners
-from megatron_scalemoe.placement.problem import LayerProblem
+from megatron_scalemoe.placement.problem import LayerProblem, Solution
+from megatron_scalemoe.placement.replica_bounds import least_copy_load
 from megatron_scalemoe.topology.ports import two_level_ports
 from megatron_scalemoe.traffic.matrices import distinct_factor
 from megatron_scalemoe.traffic.synthetic import synthesize
@@ -53,9 +55,19 @@ def test_no_replicas_and_no_split_beat_the_bound(seed, topk, replicas, together,
             per_rank = hosts_EG.sum(axis=0)
             if per_rank.max() > problem.homes_per_rank + problem.replica_slots_per_rank:
                 continue
+            price_us = replica_us(home_rank_E, hosts_EG, problem.cost, problem.ports)
             for first in (0.5, rng.random()):
                 share_EG = np.where(hosts_EG.all(axis=1)[:, None], [first, 1 - first], hosts_EG)
-                assert bound <= placement_cost(problem, share_EG, hosts_EG, home_rank_E).total_us * ROUNDING
+                assert bound <= (placement_cost(problem, share_EG).total_us + price_us) * ROUNDING
+            # Sources that each prefer their own copy pay less than if all did alike.
+            assert bound <= solution_cost(problem, Solution(home_rank_E, hosts_EG)).total_us * ROUNDING
+
+
+def test_copies_of_everything_everywhere_leave_nothing_to_travel():
+    problem = random_problem(1, ranks=4, experts=4, topk=2, replicas=12, micro_batches=10**9)
+    everywhere = Solution(np.arange(4), np.ones((4, 4), dtype=bool))
+    assert solution_cost(problem, everywhere).dispatch_us == 0
+    assert lower_bound_us(problem) <= solution_cost(problem, everywhere).total_us
 
 
 @settings(max_examples=25, deadline=None)
@@ -109,7 +121,7 @@ def test_replicas_of_one_hot_expert_bound_the_load_by_its_copies():
     counts = np.ones((4, 8))
     counts[:, 3] = 1000
     problem = dataclasses.replace(problem, traffic=dataclasses.replace(problem.traffic, counts=counts), replicas=1)
-    assert least_largest_load(problem) == pytest.approx(2000)
+    assert least_copy_load(problem) == pytest.approx(2000)
 
 
 def realistic(kind: str, *, nodes: int, per_node: int, experts: int, topk: int, seed: int = 0, **cost) -> LayerProblem:

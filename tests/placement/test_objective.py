@@ -5,8 +5,10 @@ from hypothesis import strategies as st
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.replicas import replica_us
-from megatron_scalemoe.placement.objective import exchange_us, home_cost_us, placement_cost
-from megatron_scalemoe.placement.problem import LayerProblem
+from megatron_scalemoe.placement.objective import exchange_us, home_cost_us, placement_cost, slots_of_hosts, solution_cost
+from megatron_scalemoe.placement.problem import LayerProblem, Solution
+from megatron_scalemoe.plan import EMPTY
+from megatron_scalemoe.split import balanced_shares
 from megatron_scalemoe.topology.ports import Ports, two_level_ports
 from megatron_scalemoe.traffic.matrices import distinct_factor
 from megatron_scalemoe.traffic.trace import LayerTraffic
@@ -80,16 +82,33 @@ def test_the_combine_goes_the_other_way():
     assert priced.combine_us != pytest.approx(priced.dispatch_us)
 
 
-def test_replicas_are_paid_only_when_hosts_and_homes_are_given():
+def test_replicas_are_paid_and_near_copies_preferred():
     problem = clustered_problem(3, nodes=2, ranks_per_node=4)
     home_E = np.repeat(np.arange(8), 8)
     hosts_EG = np.eye(8, dtype=bool)[home_E]
-    hosts_EG[0, 5] = True
-    share_EG = hosts_EG / hosts_EG.sum(axis=1, keepdims=True)
-    free, paid = placement_cost(problem, share_EG), placement_cost(problem, share_EG, hosts_EG, home_E)
-    assert free.replica_us == 0
-    assert paid.replica_us == replica_us(home_E, hosts_EG, problem.cost, problem.ports) > 0
-    assert paid.total_us == pytest.approx(free.total_us + paid.replica_us)
+    hosts_EG[:48] = True
+    priced = solution_cost(problem, Solution(home_E, hosts_EG))
+    alike = placement_cost(problem, balanced_shares(problem.load, hosts_EG))
+    assert alike.replica_us == 0
+    assert priced.replica_us == replica_us(home_E, hosts_EG, problem.cost, problem.ports) > 0
+    assert priced.compute_us == pytest.approx(alike.compute_us, rel=1e-3)
+    assert priced.dispatch_us < 0.5 * alike.dispatch_us
+
+
+def test_without_replicas_both_costs_are_the_same():
+    problem = clustered_problem(5, nodes=2, ranks_per_node=4)
+    solution = Solution.without_replicas(np.repeat(np.arange(8), 8), 8)
+    assert solution_cost(problem, solution) == placement_cost(problem, solution.hosts.astype(float))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_slots_of_hosts_hold_each_copy_once(seed):
+    hosts_EG = np.random.default_rng(seed).random((12, 4)) < 0.4
+    hosts_EG[0, 0] = True
+    slots_GS = slots_of_hosts(hosts_EG).reshape(4, -1)
+    again_EG = np.array([[(row == expert).sum() for row in slots_GS] for expert in range(12)])
+    assert np.array_equal(again_EG, hosts_EG)
+    assert (slots_GS != EMPTY).all(axis=1).any()
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,19 +5,20 @@ import math
 import time
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_scalemoe.cost.model import CostModel
-from megatron_scalemoe.placement.objective import placement_cost
+from megatron_scalemoe.placement.objective import solution_cost
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
 from megatron_scalemoe.placement.replicate import add_replicas
-from megatron_scalemoe.placement.replicate_drift import expected_load, plausible_loads
+from megatron_scalemoe.placement.replicate_drift import plausible_loads
 from megatron_scalemoe.placement.replicate_moves import draw_moves, moved
 from megatron_scalemoe.placement.replicate_search import improve, lower_bounds
-from megatron_scalemoe.placement.replicate_start import balanced_homes, chained_replicas, packed_replicas
+from megatron_scalemoe.placement.replicate_start import balanced_homes, chained_replicas, copies_by_load, packed_replicas
 from megatron_scalemoe.plan import PlacementPlan
-from megatron_scalemoe.split import balanced_max_load, balanced_shares
+from megatron_scalemoe.split import balanced_max_load
 from megatron_scalemoe.topology.ports import two_level_ports
 from megatron_scalemoe.traffic.synthetic import synthesize
 from megatron_scalemoe.traffic.trace import LayerTraffic
@@ -47,7 +48,7 @@ def max_over_mean(load_E, hosts):
 
 
 def cost_of(problem, solution):
-    return placement_cost(problem, balanced_shares(problem.load, solution.hosts), solution.hosts, solution.home_rank).total_us
+    return solution_cost(problem, solution).total_us
 
 
 def check_valid(solution, replicas, per_rank):
@@ -188,6 +189,13 @@ def test_packed_replicas_are_valid_for_any_loads_and_slots(seed):
     check_valid(packed_replicas(load_E.astype(float), ranks=ranks, replicas=replicas, per_rank=per_rank), replicas, per_rank)
 
 
+def test_the_hottest_load_per_copy_gets_the_next_copy():
+    # 12 -> 6 a copy, then 8 -> 4, then 6, 6 -> 4; by hand.
+    assert copies_by_load(np.array([12.0, 8.0, 3.0, 1.0]), 3, 4).tolist() == [3, 2, 1, 1]
+    assert copies_by_load(np.array([12.0, 1.0]), 5, 2).tolist() == [2, 2]
+    assert copies_by_load(np.array([12.0, 1.0]), 5, 1).tolist() == [1, 1]
+
+
 def test_balanced_homes_take_turns_by_load():
     assert balanced_homes(np.array([1.0, 8, 2, 4]), 2).tolist() == [0, 0, 1, 1]
 
@@ -255,21 +263,27 @@ def test_improvement_lowers_the_mean_largest_load_or_leaves_the_start():
     assert np.mean(gains) < 0.7
 
 
-def test_plausible_loads_hold_the_last_steps_and_drift_of_the_recorded_size():
+def test_plausible_loads_hold_recorded_steps_and_drift_of_the_recorded_size():
     rng = np.random.default_rng(15)
     loads = np.exp(rng.normal(0, 0.1, (10, 400))) * 1000
     cases, weights = plausible_loads(loads, 300, rng)
     assert cases.shape == (300, 400)
     assert np.isclose(weights.sum(), 1)
+    assert np.isclose(weights[:10].sum(), 0.5)
     assert np.allclose(cases.sum(axis=1), loads.sum() / 10)
-    assert np.allclose(cases[5] / cases[5].sum(), loads[-1] / loads[-1].sum())
+    assert np.allclose(cases[:10] / cases[:10].sum(axis=1, keepdims=True), (loads / loads.sum(axis=1, keepdims=True))[::-1])
     # Steps differ by sqrt(2) x 0.1; drawn loads by one to three times that.
-    spread = np.log(cases[6:] / expected_load(loads)).std(axis=1)
+    spread = np.log(cases[10:] / loads.mean(axis=0)).std(axis=1)
     assert 0.12 < spread.min() < 0.17
     assert 0.36 < spread.max() < 0.5
 
 
-def test_the_expected_load_leans_on_the_last_steps():
-    loads = np.array([[100.0, 0.0], [0.0, 100.0]])
-    assert np.allclose(expected_load(loads), [100 / 3, 200 / 3])
-    assert np.allclose(expected_load(np.array([[6.0, 2.0]] + [[0.0, 0.0]] * 7)), [6 / 8, 2 / 8])
+@pytest.mark.parametrize("steps", [1, 3, 7, 51])
+def test_of_many_recorded_steps_some_are_taken_evenly_the_last_among_them(steps):
+    loads = np.eye(60)[:steps] + 1
+    cases, weights = plausible_loads(loads, 12, np.random.default_rng(0))
+    taken = [int(np.flatnonzero(np.isclose(case / case.min(), 2))[0]) for case in cases[: min(steps, 6)]]
+    assert taken[0] == steps - 1
+    assert len(set(taken)) == len(taken)
+    assert np.ptp(np.diff(taken)) <= 1 if len(taken) > 1 else True
+    assert np.isclose(weights.sum(), 1)

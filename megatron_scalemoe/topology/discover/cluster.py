@@ -16,8 +16,8 @@ def cluster_of(layout: NodeLayout, fabric: Fabric, *, hosts: Sequence[str] | Non
     """Node i is the i-th host: of `hosts` (a job's nodes, in rank order), else of the fabric. Its vertices are `node{i}/..`.
 
     The NICs of a host that hangs on several leaves are dealt to them in turn: rails are leaves with all hosts each. The link between two
-    switches is `LinkSpeed` of the upper one if given, else as wide as all that hangs below, divided by `oversubscription` and by the number
-    of switches above. NICs of unknown speed get the `LinkSpeed` of their leaf, or 200 Gb/s.
+    switches is as wide as all that hangs below, divided by `oversubscription` and by the number of switches above. A NIC is as fast as its
+    leaf's `LinkSpeed` allows; if its own speed is not known, that fast, or 200 Gb/s.
 
     Raises `ScaleMoEError` when a host is not in the fabric, the layout has no NIC, or hosts cannot reach each other.
     """
@@ -74,8 +74,8 @@ def _add_leaf_links(parts: Parts, layout: NodeLayout, fabric: Fabric, number_of:
             leaf = leaves[i % len(leaves)]
             if leaf.name not in below_GBps:
                 parts.vertex(leaf.name, "switch")
-            port_GBps = layout.nic_GBps.get(nic.name, leaf.link_GBps or HDR_GBps)
-            bandwidth = min(port_GBps, leaf.link_GBps or port_GBps)
+            nic_GBps = layout.nic_GBps.get(nic.name, leaf.port_GBps or HDR_GBps)
+            bandwidth = min(nic_GBps, leaf.port_GBps or nic_GBps)
             parts.cable(_node_name(nic.name, number_of[host]), leaf.name, bandwidth, SWITCH_HOP_US)
             below_GBps[leaf.name] = below_GBps.get(leaf.name, 0.0) + bandwidth
     return below_GBps
@@ -92,6 +92,6 @@ def _add_switch_links(parts: Parts, fabric: Fabric, below_GBps: dict[str, float]
             if child in below_GBps:
                 if switch.name not in below_GBps:
                     parts.vertex(switch.name, "switch")
-                bandwidth = switch.link_GBps or below_GBps[child] / oversubscription / parents[child]
+                bandwidth = below_GBps[child] / oversubscription / parents[child]
                 parts.cable(switch.name, child, bandwidth, SWITCH_HOP_US)
                 below_GBps[switch.name] = below_GBps.get(switch.name, 0.0) + bandwidth

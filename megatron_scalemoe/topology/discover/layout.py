@@ -26,11 +26,13 @@ from megatron_scalemoe.topology.builders.parts import (
 )
 from megatron_scalemoe.topology.graph import Link, Topology, TopologyError, Vertex
 
-# GPU - PCIe switch - NIC takes what the builders' GPU - NIC takes; two GPUs under one switch 1.6 us, more than over NVLink (1 us), so that
-# routes prefer NVLink. A switch, root complex or socket on the way adds some 0.1 us: no way inside a node is longer than one out of it.
-NIC_HOP_US = 0.2
-GPU_HOP_US = GPU_TO_NIC_US - NIC_HOP_US
-PCIE_SWITCH_HOP_US = 0.1
+# One way over PCIe, in us. GPU - switch - NIC takes what the builders' GPU - NIC takes; otherwise the figures are chosen to make routes go
+# where NCCL sends traffic: over NVLink (1 us) rather than PCIe (1.1 and more), to the network through the GPU's own NIC even if that means
+# a spine (0.6) rather than through the root complex to another's, and never out to the network and back inside a node (2.6).
+GPU_HOP_US = 0.55
+NIC_HOP_US = GPU_TO_NIC_US - GPU_HOP_US
+LEAVE_SWITCH_US = 0.45  # from the switch that holds a device, upwards
+INNER_HOP_US = 0.05  # between switches, root complexes and sockets
 EDR_GBps = 100 * GBIT_IN_GB
 
 

@@ -21,8 +21,9 @@ from megatron_scalemoe.topology.builders.parts import NVLINK_HOP_US, Parts, PCIE
 from megatron_scalemoe.topology.discover.layout import (
     GPU_HOP_US,
     GPU_MODELS,
+    INNER_HOP_US,
+    LEAVE_SWITCH_US,
     NIC_HOP_US,
-    PCIE_SWITCH_HOP_US,
     NodeLayout,
     layout_of_parts,
 )
@@ -46,6 +47,9 @@ def read_nccl_xml(path: Path) -> NodeLayout:
     root = read_xml(path, "system")
     gpus = _ordered_gpus(root)
     parts, notes = Parts(), []
+    machines = len({cpu.attributes.get("host_hash") for cpu in root.all("cpu")})
+    if machines > 1:
+        notes.append(f"the file holds {machines} machines of one NVLink domain: taken as one node")
     names = {gpu: parts.vertex(f"node0/gpu{rank}", "gpu", 0) for rank, gpu in enumerate(gpus)}
     tree = _PcieTree(parts, names, notes)
     cpus = root.all("cpu")
@@ -53,7 +57,7 @@ def read_nccl_xml(path: Path) -> NodeLayout:
         tree.add_cpu(cpu)
     for one, other in itertools.combinations(cpus, 2):
         if one.attributes.get("host_hash") == other.attributes.get("host_hash"):
-            parts.cable(tree.name_of[one], tree.name_of[other], min(map(_socket_GBps, (one, other))), PCIE_SWITCH_HOP_US)
+            parts.cable(tree.name_of[one], tree.name_of[other], min(map(_socket_GBps, (one, other))), INNER_HOP_US)
     _add_nvlinks(parts, gpus, names)
     return layout_of_parts(path, parts, tree.nic_GBps, notes)
 
@@ -110,7 +114,8 @@ class _PcieTree:
         below = [child for child in pci.all("pci") if any(True for tag in ("gpu", "net") for _ in child.walk(tag))]
         if below:
             name = self._new("pcie", "switch")
-            self.parts.cable(name, parent, bandwidth, PCIE_SWITCH_HOP_US)
+            holds_device = any(child.all("gpu", "nic") for child in below)
+            self.parts.cable(name, parent, bandwidth, LEAVE_SWITCH_US if holds_device else INNER_HOP_US)
             for child in below:
                 self._add_pci(child, name)
 

@@ -132,6 +132,6 @@ def _figures(path: Path, matrix: TopoMatrix, model: str | None, notes: list[str]
     if key is None:
         has_nvlink = any(cell.startswith("NV") for row in matrix.cells for cell in row)
         nvlink = f"NVLinks of {UNKNOWN_MODEL.nvlink_GBps:g} GB/s (V100, A100, H100) and " if has_nvlink else ""
-        model_name = f"{matrix.models[0]} is not known" if matrix.models else "the file does not name the GPU model"
+        model_name = f"no figures for {matrix.models[0]}" if matrix.models else "the file does not name the GPU model"
         notes.append(f"{model_name}: taken {nvlink}PCIe of {UNKNOWN_MODEL.pcie_GBps:g} GB/s (--gpu-model sets them)")
     return GPU_MODELS.get(key, UNKNOWN_MODEL)

@@ -13,7 +13,7 @@ import networkx as nx
 
 from megatron_scalemoe.topology.builders.machines import SOCKET_GBps
 from megatron_scalemoe.topology.builders.parts import NVLINK_HOP_US, Parts
-from megatron_scalemoe.topology.discover.layout import GPU_HOP_US, NIC_HOP_US, PCIE_SWITCH_HOP_US, GpuModel
+from megatron_scalemoe.topology.discover.layout import GPU_HOP_US, INNER_HOP_US, LEAVE_SWITCH_US, NIC_HOP_US, GpuModel
 
 Cells = Sequence[Sequence[str]]
 # A machine has 8 to 16 GPUs and some 20 NICs.
@@ -45,13 +45,14 @@ def add_pcie_tree(devices: Sequence[str], cells: Cells, numa: Sequence[int | Non
                 continue
             parent = add(what, kind)
             for child in children:
-                parts.cable(child, parent, width[child] * pcie_GBps, hop_us.get(child, PCIE_SWITCH_HOP_US))
+                parts.cable(child, parent, width[child] * pcie_GBps, hop_us[child])
             # A PCIe switch shares one slot; a root complex has one for each device.
             width[parent] = 1 if kind == "switch" else sum(width[child] for child in children)
+            hop_us[parent] = LEAVE_SWITCH_US if kind == "switch" and set(children) & set(names) else INNER_HOP_US
             for i in group:
                 top[i] = parent
     for one, other in itertools.combinations(dict.fromkeys(top), 2):
-        parts.cable(one, other, SOCKET_GBps, PCIE_SWITCH_HOP_US)
+        parts.cable(one, other, SOCKET_GBps, INNER_HOP_US)
     return parts, names
 
 

@@ -1,10 +1,11 @@
 """Reads Slurm's topology.conf: which switches the nodes hang on. (man 5 topology.conf)
 
     SwitchName=leaf1 Nodes=node[001-004]        topology/tree: leaves with nodes, switches above with switches
-    SwitchName=top Switches=leaf[1-2] LinkSpeed=400
+    SwitchName=top Switches=leaf[1-2]
     BlockName=b1 Nodes=node[001-018]            topology/block: nodes of low latency to each other
 
-Slurm itself uses no LinkSpeed and leaves its unit open; here it is Gb/s of each link from the switch down.
+Slurm itself does not use `LinkSpeed` and leaves its unit open. Here it is Gb/s of a node's port on its leaf; between switches it says
+nothing, as the number of cables is not given.
 """
 
 from __future__ import annotations
@@ -34,21 +35,22 @@ BLOCKS_SWITCH = "blocks"
 
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """`hosts` and `switches` hang on it. link_GBps: of each link down, None where the file does not say."""
+    """`hosts` and `switches` hang on it. port_GBps: of each port down, None where the file does not say."""
 
     name: str
     hosts: tuple[str, ...]
     switches: tuple[str, ...]
-    link_GBps: float | None
+    port_GBps: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Fabric:
-    """switches: each after those that hang on it. hosts: in the file's order."""
+    """switches: each after those that hang on it. hosts: in the file's order. notes: assumptions, to tell the user."""
 
     path: Path
     switches: tuple[Switch, ...]
     hosts: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,14 @@ def read_slurm(path: Path) -> Fabric:
     hosts = tuple(dict.fromkeys(host for switch in switches.values() for host in switch.hosts))
     if clash := next((host for host in hosts if host in switches), None):
         raise error_at(path, line_of[clash], f"{clash} is the name of a node too")
-    return Fabric(path, ordered, hosts)
+    return Fabric(path, ordered, hosts, tuple(_notes(ordered)))
+
+
+def _notes(switches: tuple[Switch, ...]) -> Iterator[str]:
+    if any(switch.port_GBps for switch in switches):
+        yield "LinkSpeed is read as Gb/s of a node's port on its leaf (Slurm leaves the unit open); not used between switches"
+    if any(switch.name == BLOCKS_SWITCH for switch in switches):
+        yield "Slurm does not say how blocks are cabled: taken one switch per block, and one above (--oversubscription)"
 
 
 def _parse_lines(path: Path, text: str) -> Iterator[_Line]:
