@@ -7,7 +7,9 @@ Only experts with several copies leave a choice. Two steps, both on integers:
    can pass nothing more on, so that T must rise by (tokens that stay) / |R|: the discrete Newton method (Radzik 1998) on the bottleneck.
    It ends, after 1 to 4 flows as measured, with the smallest integer T that is possible, exactly. Dinic's algorithm takes shortest ways
    first, so few tokens move.
-2. Which source fills which copy: first its own rank's, then its own node's, then the others.
+2. Which source fills which copy: its own node's before another's. What a node cannot supply itself comes from the others, and is spread
+   over the node's copies in proportion; of the rest each copy takes its own rank's tokens first. (With all of a rank's own tokens first,
+   tokens from other nodes crowd on few ranks: 30 % more exchange time on the recorded shape with 16 ranks in 2 nodes.)
 
 Flows, and not sweeps of water-filling expert by expert, because one takes 0.13 ms in scipy for 64 ranks, and is exact also where replicas
 chain many ranks together; sweeps carry load along a chain only step by step.
@@ -138,19 +140,36 @@ def _local_first(counts_GX: np.ndarray, expert_C: np.ndarray, rank_C: np.ndarray
 
 
 def _fill(counts_GX: np.ndarray, tokens_C: np.ndarray, expert_C: np.ndarray, rank_C: np.ndarray, node_G: np.ndarray) -> np.ndarray:
-    """int64 [G, C]: who fills which copy: own rank first, then own node, then in order of ranks."""
+    """int64 [G, C]: who fills which copy: own node before others; of what the own node may fill, own rank first."""
+    several_nodes = bool(node_G.any())
+    room_C = tokens_C - _from_other_nodes(counts_GX, tokens_C, expert_C, rank_C, node_G) if several_nodes else tokens_C
     out_GC = np.zeros((counts_GX.shape[0], tokens_C.size), dtype=np.int64)
-    own_C = np.minimum(counts_GX[rank_C, expert_C], tokens_C)
+    own_C = np.minimum(counts_GX[rank_C, expert_C], room_C)
     out_GC[rank_C, np.arange(rank_C.size)] = own_C
-    left_GX, room_C = counts_GX.copy(), tokens_C - own_C
+    left_GX = counts_GX.copy()
     left_GX[rank_C, expert_C] -= own_C
-    if node_G.any():
-        inside_GC = _fill_in_order(left_GX, room_C, expert_C, node_G, node_G[rank_C])
-        out_GC += inside_GC
-        room_C = room_C - inside_GC.sum(axis=0)
+    out_GC += _fill_in_order(left_GX, room_C - own_C, expert_C, node_G, node_G[rank_C])
+    if several_nodes:
         first_C = np.flatnonzero(np.diff(expert_C, prepend=-1))  # copies are sorted by expert
-        left_GX -= np.add.reduceat(inside_GC, first_C, axis=1)
-    return out_GC + _fill_in_order(left_GX, room_C, expert_C, np.zeros_like(node_G), np.zeros_like(rank_C))
+        left_GX = counts_GX - np.add.reduceat(out_GC, first_C, axis=1)
+        out_GC += _fill_in_order(left_GX, tokens_C - room_C, expert_C, np.zeros_like(node_G), np.zeros_like(rank_C))
+    return out_GC
+
+
+def _from_other_nodes(
+    counts_GX: np.ndarray, tokens_C: np.ndarray, expert_C: np.ndarray, rank_C: np.ndarray, node_G: np.ndarray
+) -> np.ndarray:
+    """int64 [C]: of each copy's tokens, those that its node cannot supply: spread over the node's copies in proportion to their tokens, so
+    that no rank's scale-out port takes more than its part."""
+    nodes, experts = int(node_G.max()) + 1, counts_GX.shape[1]
+    group_C = expert_C * nodes + node_G[rank_C]
+    supply_NX = np.zeros((nodes, experts), dtype=np.int64)
+    np.add.at(supply_NX, node_G, counts_GX)
+    end_C = _cumulative_in_runs(tokens_C, group_C)
+    wanted_K = np.bincount(group_C, tokens_C, nodes * experts).astype(np.int64)
+    missing_K = np.maximum(wanted_K - supply_NX.T.reshape(-1), 0)
+    part_K, whole_K = missing_K[group_C], np.maximum(wanted_K, 1)[group_C]
+    return end_C * part_K // whole_K - (end_C - tokens_C) * part_K // whole_K
 
 
 def _fill_in_order(left_GX: np.ndarray, room_C: np.ndarray, expert_C: np.ndarray, group_G: np.ndarray, group_C: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.port_program import PortFloor, PortProgram, port_program, same_both_ways
 from megatron_scalemoe.placement.problem import LayerProblem
-from megatron_scalemoe.placement.replica_bounds import replicated_floor
+from megatron_scalemoe.placement.replica_bounds import least_copy_load, replicated_floor
 from megatron_scalemoe.placement.row_model import RowBounds, RowModel, row_model
 from megatron_scalemoe.topology.ports import Ports
 
@@ -46,20 +46,19 @@ def lower_bound_us(problem: LayerProblem, *, method: str = "auto") -> float:
     without = _bound_us(dataclasses.replace(problem, replicas=0), use_lp)
     if not problem.replicas:
         return without
-    within, group_ranks = (problem, (1, 1)) if problem.cost.exchange == "flat" else _between_nodes_only(problem)
-    return min(without, replicated_floor(within, group_ranks).total_us(problem.cost) + _cheapest_replica_us(problem))
+    return min(without, _bound_us(problem, use_lp=False) + _cheapest_replica_us(problem))
 
 
 def _bound_us(problem: LayerProblem, use_lp: bool) -> float:
-    """Without replicas: the least over all possible largest loads of a rank, found by best-first bisection of them.
+    """The bound where replicas are free: the least over all possible largest loads of a rank, found by best-first bisection of them.
 
     The larger the load of a rank, the more its compute takes, and the more deduplication can save.
     """
-    least_load, group_ranks = least_largest_load(problem), (1, 1)
+    least_load, group_ranks = (least_copy_load if problem.replicas else least_largest_load)(problem), (1, 1)
     if problem.cost.exchange != "flat":
         problem, group_ranks = _between_nodes_only(problem)
     model = row_model(problem, group_ranks=group_ranks)
-    most_load = float(np.sort(problem.load)[::-1][: problem.homes_per_rank].sum())
+    most_load = float(np.sort(problem.load)[::-1][: problem.homes_per_rank + problem.replica_slots_per_rank].sum())
     whole = _LoadRange.of(model, least_load, max(most_load, least_load) * (1 + 1e-9))
     splits = _SPLITS if problem.num_experts * problem.num_ranks <= _SMALL_PAIRS else _SPLITS_OF_LARGE
     ranges = [whole]
@@ -89,7 +88,7 @@ class _LoadRange:
 
     @classmethod
     def of(cls, model: RowModel, low: float, high: float) -> _LoadRange:
-        floor = port_floor(model, model.rows_at(high), low)
+        floor = (replicated_floor if model.problem.replicas else port_floor)(model, model.rows_at(high), low)
         return cls(floor.total_us(model.problem.cost), low, high, floor)
 
     def with_lp(self, model: RowModel) -> _LoadRange:

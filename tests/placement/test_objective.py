@@ -86,13 +86,13 @@ def test_replicas_are_paid_and_near_copies_preferred():
     problem = clustered_problem(3, nodes=2, ranks_per_node=4)
     home_E = np.repeat(np.arange(8), 8)
     hosts_EG = np.eye(8, dtype=bool)[home_E]
-    hosts_EG[:48] = True
+    hosts_EG[:] = True
     priced = solution_cost(problem, Solution(home_E, hosts_EG))
     alike = placement_cost(problem, balanced_shares(problem.load, hosts_EG))
     assert alike.replica_us == 0
     assert priced.replica_us == replica_us(home_E, hosts_EG, problem.cost, problem.ports) > 0
     assert priced.compute_us == pytest.approx(alike.compute_us, rel=1e-3)
-    assert priced.dispatch_us < 0.5 * alike.dispatch_us
+    assert priced.dispatch_us < 0.2 * alike.dispatch_us
 
 
 def test_without_replicas_both_costs_are_the_same():
