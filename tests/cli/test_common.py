@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from megatron_scalemoe.cli.common import add_output_flags, emit, format_table
 

@@ -18,7 +18,6 @@ def plans(draw) -> PlacementPlan:
     ranks, homes, layers = draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     replica_slots = draw(st.integers(0, 2))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    experts = ranks * homes
     home_rank = np.stack([rng.permutation(np.repeat(np.arange(ranks), homes)) for _ in range(layers)])
     hosts = home_rank[:, :, None] == np.arange(ranks)
     for layer in range(layers):
