@@ -16,6 +16,18 @@ _PUBLIC = {
     "RaggedDispatcher": "dispatch.ragged",
     "PaddedDispatcher": "dispatch.padded",
     "LocalDispatcher": "dispatch.local",
+    "PlacementPlan": "plan",
+    "load_plan": "plan",
+    "save_plan": "plan",
+    "split_tokens": "split",
+    "load_topology": "topology.files",
+    "compute_routes": "topology.routes",
+    "ports_of": "topology.ports",
+    "RoutingTrace": "traffic.trace",
+    "load_trace": "traffic.trace",
+    "CostModel": "cost.model",
+    "plan_cost": "cost.layer",
+    "solve_trace": "placement.solve",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -47,7 +47,7 @@ def test_an_unchanged_venv_is_reused_without_pip(checkout):
     assert first.returncode == 0, first.stderr
     assert first.stdout == f"{checkout}/.venv/bin/python\n"
     assert len(installs(checkout)) == 1
-    assert installs(checkout)[0].endswith(f"-e {checkout}[train,dev]")
+    assert installs(checkout)[0].endswith(f"-e {checkout}[train,report,dev]")
     assert ensure_venv(checkout).returncode == 0
     assert len(installs(checkout)) == 1
 

@@ -42,6 +42,8 @@ SOLVERS: dict[str, Callable[..., np.ndarray | Solution]] = {
 # These are what others are compared with: they stay as they are, without our replicas, and even where contiguous is better.
 BASELINES = ("contiguous", "random", "greedy", "hierarchical", "genetic_paper")
 _WITHOUT_OUR_REPLICAS = ("contiguous", "random", "hierarchical")
+DEFAULT_SOLVER = "memetic"
+_REPLICA_TRIES = 4
 # Of the time, where replicas follow.
 _HOMES_SHARE = 0.4
 # Of the whole time, for what follows the last search.
@@ -135,8 +137,18 @@ def _search(problem: LayerProblem, solver: str, rng: np.random.Generator, deadli
     if isinstance(found, Solution):
         return found
     if replicate:
-        return add_replicas(problem, found, rng=rng, deadline=deadline)
+        return _with_replicas(problem, found, rng, deadline, tries=_REPLICA_TRIES if solver == DEFAULT_SOLVER else 1)
     return Solution.without_replicas(found, problem.num_ranks)
+
+
+def _with_replicas(problem: LayerProblem, home_rank_E: np.ndarray, rng: np.random.Generator, deadline: float, tries: int) -> Solution:
+    """The best of `add_replicas` from these homes and from greedy ones in turn, as long as there is time: good homes need not be those that
+    are best without replicas."""
+    starts = (home_rank_E, solve_greedy(problem, rng=rng, deadline=deadline))
+    solutions = [add_replicas(problem, home_rank_E, rng=rng, deadline=deadline)]
+    while len(solutions) < tries and time.monotonic() < deadline:
+        solutions.append(add_replicas(problem, starts[len(solutions) % 2], rng=rng, deadline=deadline))
+    return min(solutions, key=lambda solution: solution_cost(problem, solution).total_us)
 
 
 def solve_trace(
@@ -144,7 +156,7 @@ def solve_trace(
     ports: Ports,
     cost: CostModel,
     *,
-    solver: str = "memetic",
+    solver: str = DEFAULT_SOLVER,
     replicas: int = 0,
     seed: int = 0,
     time_budget_s: float = 10.0,
