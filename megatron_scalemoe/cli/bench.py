@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_scalemoe.cli import bench_solvers
+from megatron_scalemoe.cli import bench_solvers, bench_split
 from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
 from megatron_scalemoe.cli.torchrun import run_ranks
 from megatron_scalemoe.environment import describe_environment, installed_version
@@ -45,6 +45,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_output_flags(parser)
     parser.set_defaults(handler=run_dispatch)
     bench_solvers.add_parser(kinds)
+    bench_split.add_parser(kinds)
 
 
 def run_dispatch(args: argparse.Namespace) -> int:
