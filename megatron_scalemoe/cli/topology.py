@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli import topology_discover
 from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.topology_facts import describe, format_description
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_output
 
 if TYPE_CHECKING:
-    from megatron_scalemoe.topology.graph import Override, Topology
+    from megatron_scalemoe.topology.graph import Override
 
 # Named here so that --help needs no import; a test compares them with the builders' own list.
 BUILDERS = (
@@ -126,29 +127,6 @@ def parse_override(text: str) -> Override:
     if not target or not math.isfinite(amount):
         raise ScaleMoEError("--override must be TARGET:VALUE", found=repr(text), try_="node3:0.5, or node3:25GBps")
     return Override(target, scale=amount) if number == value else Override(target, bandwidth_GBps=amount)
-
-
-def describe(topology: Topology) -> dict:
-    """The facts about a topology that need no routes."""
-    kinds = [v.kind for v in topology.vertices]
-    return {
-        "name": topology.name,
-        "builder": topology.builder,
-        "parameters": dict(topology.parameters),
-        "overrides": [override._asdict() for override in topology.overrides],
-        "num_ranks": topology.num_ranks,
-        "num_nodes": topology.num_nodes,
-        "vertices": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
-        "links": len(topology.links),
-        "content_hash": topology.content_hash,
-    }
-
-
-def format_description(facts: dict) -> str:
-    """One line."""
-    vertices = ", ".join(f"{count} {kind}" for kind, count in facts["vertices"].items())
-    ranks, nodes = (f"{facts[f'num_{what}s']} {what}{'s' if facts[f'num_{what}s'] > 1 else ''}" for what in ("rank", "node"))
-    return f"{facts['name']}, {ranks} on {nodes} ({vertices}; {facts['links']} links)"
 
 
 def run_show(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli.common import OK, add_output_flags, format_table, print_result
+from megatron_scalemoe.cli.topology_facts import describe, format_description
 from megatron_scalemoe.cli.torchrun import run_ranks
 from megatron_scalemoe.environment import describe_environment, installed_version
 from megatron_scalemoe.errors import ScaleMoEError
@@ -116,7 +117,6 @@ def _read_layout(args: argparse.Namespace) -> NodeLayout:
 
 def _write(args: argparse.Namespace, topology: Topology, facts: dict) -> None:
     """As `topology build` does: the YAML to --output or stdout, a summary to stdout."""
-    from megatron_scalemoe.cli.topology import describe, format_description
     from megatron_scalemoe.topology.files import format_topology, save_topology
 
     if args.output is not None:
