@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_scalemoe.cli.common import OK, add_output_flags, format_table, print_result
 from megatron_scalemoe.cli.cost_flags import add_cost_flags, cost_from_args
 from megatron_scalemoe.cli.inputs import load_topology_and_trace
-from megatron_scalemoe.cli.planning import DEFAULT_SOLVER, add_planning_flags, check_planning_flags, gap_to
+from megatron_scalemoe.cli.planning import DEFAULT_SOLVER, DEFAULT_TIME_BUDGET_S, add_planning_flags, check_planning_flags, gap_to
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_output
 from megatron_scalemoe.units import format_bytes
@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("plan", help=about, allow_abbrev=False, description=__doc__)
     parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="the cluster, from scalemoe topology")
     parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="the routing, from scalemoe trace")
-    add_planning_flags(parser, time_budget_s=10.0)
+    add_planning_flags(parser, time_budget_s=DEFAULT_TIME_BUDGET_S)
     parser.add_argument("--last-steps", type=int, metavar="N", help="plan from the last N recorded steps (default: all)")
     parser.add_argument("--shared", action="store_true", help="one placement for all layers, from their mean traffic")
     add_cost_flags(parser)

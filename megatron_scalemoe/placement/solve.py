@@ -159,7 +159,7 @@ def solve_trace(
     solver: str = DEFAULT_SOLVER,
     replicas: int = 0,
     seed: int = 0,
-    time_budget_s: float = 10.0,
+    time_budget_s: float = 8.0,
     steps: slice = slice(None),
     shared: bool = False,
     progress: Callable[[int, int], None] | None = None,

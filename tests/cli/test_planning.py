@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_scalemoe.cli.planning import (
+    DEFAULT_TIME_BUDGET_S,
     HISTORY,
     Planning,
     add_planning_flags,
@@ -55,7 +56,7 @@ def test_a_time_budget_is_a_number_of_seconds(value):
 
 def test_without_flags_there_is_one_plan_of_the_whole_trace_in_ten_seconds():
     default = planning()
-    assert (default.replicas, default.seed, default.time_budget_s, default.warm_up_steps) == (0, 0, 10.0, 0)
+    assert (default.replicas, default.seed, default.time_budget_s, default.warm_up_steps) == (0, 0, DEFAULT_TIME_BUDGET_S, 0)
     assert (default.replan_every, default.replan_lag) == (None, None)
 
 
