@@ -21,8 +21,8 @@ from megatron_scalemoe.version import __version__
 
 EXPERTS_PER_GROUP = 8
 
-# What each kind is when nothing else is asked for. `recorded`: the shape of the public training trace (PAPERS.md section 5), whose
-# iterations are 10 apart.
+# What each kind is when nothing else is asked for. `recorded`: the shape of the public training trace (docs/planner.md, "Synthetic
+# traces"), whose iterations are 10 apart.
 _COMMON = {"ranks": 8, "experts": 64, "layers": 1, "topk": 2, "steps": 8, "tokens_per_rank": 4096, "skew": 0.8, "drift": 0.02}
 _COMMON |= {"affinity": 0.0, "source_affinity": 0.0, "interval": 1}
 DEFAULTS = {

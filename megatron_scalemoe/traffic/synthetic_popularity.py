@@ -15,7 +15,7 @@ REVERSION_STEPS = 50
 BURST_FACTOR = 10.0
 BURST_STEPS = 3
 BURSTS_PER_STEP = 0.25
-# A recorded training run without balance loss (DESIGN.md section 5, PAPERS.md sections 4.1 and 5): its layers from first to last.
+# A recorded training run without balance loss (docs/planner.md, "Synthetic traces"): its layers from first to last.
 RECORDED_GINI = (0.92, 0.59)
 RECORDED_DEAD = (0.50, 0.10)
 # Makes the most popular expert stand out less: max/mean 12 at a Gini of .80.

@@ -56,7 +56,7 @@ def test_odd_sizes_are_consistent_too(kind, ranks, experts, layers, topk, steps,
     assert_tokens_choose_topk_distinct_experts(trace)
 
 
-# (experts, exponent): Gini, max/mean, share of the five busiest. PAPERS.md section 5.
+# (experts, exponent): Gini, max/mean, share of the five busiest, as in docs/planner.md.
 ZIPF_FIGURES = {
     (32, 0.2): (0.10, 1.6, 0.21),
     (32, 0.6): (0.31, 4.0, 0.37),
@@ -93,7 +93,7 @@ def test_sampling_adds_its_noise_to_the_drift():
 
 
 def test_recorded_is_as_skewed_and_restless_as_the_recorded_run():
-    # PAPERS.md sections 4.1 and 5; DESIGN.md section 5.
+    # The statistics of that run in docs/planner.md.
     trace = synthesize("recorded", steps=201)
     assert trace.counts.shape == (201, 8, 16, 32)
     assert trace.iterations[:3] == [0, 10, 20]

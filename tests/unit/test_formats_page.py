@@ -18,7 +18,7 @@ from tests.simulate.test_engine import SUMMARY_KEYS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-# Of each kind of result, the stable keys of DESIGN.md.
+# Of each kind of result, the keys that scripts may rely on.
 PLAN_KEYS = "solver cost_us lower_bound_us gap max_over_mean bytes_scale_out seconds"
 ROW_KEYS = {
     "plan result": PLAN_KEYS,
