@@ -1,4 +1,7 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and what units are worth in each other."""
+
+# A GB/s is 10^9 bytes a second.
+BYTES_PER_US_PER_GBps = 1e3
 
 
 def format_bytes(count: float) -> str:

@@ -44,6 +44,13 @@ def print_result(args: argparse.Namespace, result: dict, text: str) -> None:
         raise ScaleMoEError("cannot write the result to stdout", found=error) from error
 
 
+def progress_bar(args: argparse.Namespace, total: int, unit: str):
+    """A bar on stderr, on a terminal only."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, file=sys.stderr, leave=False, disable=True if args.quiet else None)
+
+
 def format_table(headers: list[str], rows: list[list[object]]) -> str:
     """Columns padded to their widest cell; those whose every cell starts with a digit go to the right. No trailing blanks."""
     cells = [[str(cell) for cell in row] for row in rows]

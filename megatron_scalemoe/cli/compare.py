@@ -9,19 +9,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_scalemoe.cli.common import OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.common import OK, add_output_flags, emit, format_table, progress_bar
 from megatron_scalemoe.cli.cost_flags import add_cost_flags, cost_from_args
-from megatron_scalemoe.cli.inputs import load_plan_for, load_topology_and_trace
+from megatron_scalemoe.cli.inputs import add_input_flags, load_plan_for, load_topology_and_trace
 from megatron_scalemoe.cli.planning import (
     Planning,
     add_planning_flags,
     add_replanning_flags,
     check_planning_flags,
-    gap_to,
     planned_steps,
 )
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_output
+from megatron_scalemoe.placement.gap import gap_to
 from megatron_scalemoe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds `compare` to the command line."""
     about = "all policies on one trace and cluster, side by side"
     parser = commands.add_parser("compare", help=about, allow_abbrev=False, description=__doc__)
-    parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="the cluster, from scalemoe topology")
-    parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="the routing, from scalemoe trace")
+    add_input_flags(parser)
     parser.add_argument("--policies", nargs="+", metavar="NAME", help=f"solvers (default: {', '.join(POLICIES)}, and {EXACT} if small)")
     parser.add_argument("--plans", nargs="+", type=Path, default=[], metavar="FILE", help="plans to compare too, from scalemoe plan")
     parser.add_argument(
@@ -80,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     candidates += [(str(path), load_plan_for(path, trace, args.trace, topology)) for path in args.plans]
     price = _Pricing(trace, topology, cost, planning, even=args.split == "even")
     rows = []
-    for policy, plan in _with_progress(args, candidates):
+    bar = progress_bar(args, len(candidates), "policy")
+    for policy, plan in candidates:
         began = time.monotonic()
         try:
             plans = [plan] * trace.num_steps if plan else list(price.plans(policy))
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
                 raise
             if not args.quiet:
                 print(f"scalemoe: note: no exact solution: {error}", file=sys.stderr)
+        bar.update()
+    bar.close()
     made_from = {"topology": str(args.topology), "trace": str(args.trace), "cost": dataclasses.asdict(cost)}
     result = {"rows": rows, "split": args.split, "replicas": planning.replicas, **made_from}
     emit(args, result, format_result(result))
@@ -137,13 +139,6 @@ class _Pricing:
         bound_us = self.lower_bound_us(plans)
         solved = {"cost_us": cost_us, "lower_bound_us": bound_us, "gap": gap_to(bound_us, cost_us), "seconds": seconds}
         return {"policy": policy, **replay.summary(), **solved}
-
-
-def _with_progress(args: argparse.Namespace, candidates: list[tuple[str, PlacementPlan | None]]):
-    """On a terminal only."""
-    from tqdm import tqdm
-
-    return tqdm(candidates, unit="policy", desc="compare", file=sys.stderr, leave=False, disable=True if args.quiet else None)
 
 
 def format_result(result: dict) -> str:

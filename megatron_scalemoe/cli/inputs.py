@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from megatron_scalemoe.plan import PlacementPlan
     from megatron_scalemoe.topology.graph import Topology
     from megatron_scalemoe.traffic.trace import RoutingTrace
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """`--topology` and `--trace`, both needed."""
+    parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="the cluster, from scalemoe topology")
+    parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="the routing, from scalemoe trace")
 
 
 def load_topology_and_trace(topology_path: Path, trace_path: Path, *, quiet: bool = False) -> tuple[Topology, RoutingTrace]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_scalemoe.cli.common import OK, add_output_flags, format_table, print_result
+from megatron_scalemoe.cli.common import OK, add_output_flags, format_table, print_result, progress_bar
 from megatron_scalemoe.cli.cost_flags import add_cost_flags, cost_from_args
-from megatron_scalemoe.cli.inputs import load_topology_and_trace
-from megatron_scalemoe.cli.planning import DEFAULT_SOLVER, DEFAULT_TIME_BUDGET_S, add_planning_flags, check_planning_flags, gap_to
+from megatron_scalemoe.cli.inputs import add_input_flags, load_topology_and_trace
+from megatron_scalemoe.cli.planning import add_planning_flags, check_planning_flags
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_output
+from megatron_scalemoe.placement.defaults import SOLVER, TIME_BUDGET_S
+from megatron_scalemoe.placement.gap import gap_to
 from megatron_scalemoe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -33,9 +33,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds `plan` to the command line."""
     about = "find where experts, and replicas of the hot ones, should live"
     parser = commands.add_parser("plan", help=about, allow_abbrev=False, description=__doc__)
-    parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="the cluster, from scalemoe topology")
-    parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="the routing, from scalemoe trace")
-    add_planning_flags(parser, time_budget_s=DEFAULT_TIME_BUDGET_S)
+    add_input_flags(parser)
+    add_planning_flags(parser, time_budget_s=TIME_BUDGET_S)
     parser.add_argument("--last-steps", type=int, metavar="N", help="plan from the last N recorded steps (default: all)")
     parser.add_argument("--shared", action="store_true", help="one placement for all layers, from their mean traffic")
     add_cost_flags(parser)
@@ -60,9 +59,12 @@ def run(args: argparse.Namespace) -> int:
     cost = cost_from_args(args, trace.meta)
     routes = compute_routes(topology)
     steps = slice(-args.last_steps, None) if args.last_steps else slice(None)
-    options = {"solver": args.solver or DEFAULT_SOLVER, "replicas": args.replicas or 0, "seed": args.seed, "shared": args.shared}
-    with _progress_bar(args, trace.num_layers) as bar:
-        progress = lambda done, _: bar.update(done - bar.n)  # noqa: E731
+    options = {"solver": args.solver or SOLVER, "replicas": args.replicas or 0, "seed": args.seed, "shared": args.shared}
+    with progress_bar(args, trace.num_layers, "layer") as bar:
+
+        def progress(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+
         result = solve_trace(
             trace, ports_of(topology, routes), cost, time_budget_s=args.time_budget, steps=steps, progress=progress, **options
         )
@@ -74,13 +76,6 @@ def run(args: argparse.Namespace) -> int:
     content = _result(args, result, plan, *priced) | {"cost": dataclasses.asdict(cost)}
     print_result(args, content, format_result(content))
     return OK
-
-
-def _progress_bar(args: argparse.Namespace, layers: int):
-    """On a terminal only."""
-    from tqdm import tqdm
-
-    return tqdm(total=layers, unit="layer", desc="plan", file=sys.stderr, leave=False, disable=True if args.quiet else None)
 
 
 def _with_topology(plan: PlacementPlan, topology: Topology) -> PlacementPlan:

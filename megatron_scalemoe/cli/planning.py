@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.placement.defaults import SOLVER, TIME_BUDGET_S
 
 if TYPE_CHECKING:
     from megatron_scalemoe.cost.model import CostModel
@@ -16,13 +17,8 @@ if TYPE_CHECKING:
     from megatron_scalemoe.topology.ports import Ports
     from megatron_scalemoe.traffic.trace import RoutingTrace
 
-DEFAULT_SOLVER = "memetic"
-# Seconds: 58 layers of 256 experts on 64 ranks are then planned, files and prices included, in less than ten on two cores.
-DEFAULT_TIME_BUDGET_S = 8.0
 # Recorded steps that a replan looks back on.
 HISTORY = 4
-# A layer without tokens has a bound of about 1e-9 us.
-_NOTHING_US = 1e-6
 
 
 def add_planning_flags(
@@ -31,9 +27,9 @@ def add_planning_flags(
     """`--solver`, `--replicas`, `--time-budget`, `--seed`."""
     group = parser.add_argument_group("planning")
     if solver:
-        group.add_argument("--solver", metavar="NAME", help=f"{DEFAULT_SOLVER} (default), or a name that `compare` shows")
+        group.add_argument("--solver", metavar="NAME", help=f"{SOLVER} (default), or a name that `compare` shows")
     group.add_argument("--replicas", type=int, metavar="N", help="extra slots per layer, in total over all ranks (0)")
-    budget = f"{DEFAULT_TIME_BUDGET_S:g}; 1 when replanning" if time_budget_s is None else f"{time_budget_s:g}"
+    budget = f"{TIME_BUDGET_S:g}; 1 when replanning" if time_budget_s is None else f"{time_budget_s:g}"
     group.add_argument("--time-budget", type=float, default=time_budget_s, metavar="S", help=f"seconds for a plan of all layers ({budget})")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the solver (%(default)s)")
     return group
@@ -70,21 +66,13 @@ class Planning:
         every, lag = args.replan_every, args.replan_lag
         if every is not None or lag is not None:
             every, lag = (1 if value is None else value for value in (every, lag))
-        budget_s = args.time_budget or (DEFAULT_TIME_BUDGET_S if every is None else 1.0)
+        budget_s = args.time_budget or (TIME_BUDGET_S if every is None else 1.0)
         return cls(replicas=args.replicas or 0, seed=args.seed, time_budget_s=budget_s, replan_every=every, replan_lag=lag)
 
     @property
     def warm_up_steps(self) -> int:
         """The first recorded steps, before there is a plan."""
         return self.replan_lag or 0
-
-
-def gap_to(lower_bound_us: float, cost_us: float) -> float:
-    """How far a cost is above a lower bound, as a share of the bound; 0 where there is next to nothing to do.
-
-    With few tokens it may be a little below 0: the cost is of mean counts made whole, the bound of the means themselves.
-    """
-    return cost_us / lower_bound_us - 1 if lower_bound_us > _NOTHING_US else 0.0
 
 
 def planned_steps(solver: str, planning: Planning, trace: RoutingTrace, ports: Ports, cost: CostModel) -> Iterable[PlacementPlan]:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_scalemoe.cli.common import OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.common import OK, add_output_flags, emit, format_table, progress_bar
 from megatron_scalemoe.cli.cost_flags import add_cost_flags, cost_from_args
-from megatron_scalemoe.cli.inputs import load_plan_for, load_topology_and_trace
+from megatron_scalemoe.cli.inputs import add_input_flags, load_plan_for, load_topology_and_trace
 from megatron_scalemoe.cli.planning import (
-    DEFAULT_SOLVER,
     Planning,
     add_planning_flags,
     add_replanning_flags,
@@ -22,6 +21,7 @@ from megatron_scalemoe.cli.planning import (
 )
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_output
+from megatron_scalemoe.placement.defaults import SOLVER
 from megatron_scalemoe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds `simulate` to the command line."""
     about = "replay a trace on a cluster: time, balance and bytes of each step"
     parser = commands.add_parser("simulate", help=about, allow_abbrev=False, description=__doc__)
-    parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="the cluster, from scalemoe topology")
-    parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="the routing, from scalemoe trace")
+    add_input_flags(parser)
     parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan, from scalemoe plan; or plan now with the flags below")
     parser.add_argument(
         "--split", choices=("balanced", "even"), default="balanced", help="tokens between copies of an expert (%(default)s)"
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = {"routes": routes, "topology": topology, "cost": cost, "even": args.split == "even", "warm_up_steps": warm_up_steps}
     replay = baseline = replay_fixed(trace, contiguous, **inputs)
     if plans is not None:
-        with _progress_bar(args, trace.num_steps) as progress:
+        with progress_bar(args, trace.num_steps, "step") as progress:
             replay = replay_plans(trace, plans, progress=lambda step: progress.update(step - progress.n), **inputs)
     result = _result(args, policy, replay, baseline) | {"cost": dataclasses.asdict(cost)}
     emit(args, result, format_result(result, compared=plans is not None))
@@ -119,19 +118,12 @@ def _policy(
         return BASELINE, None, 0
     from megatron_scalemoe.topology.ports import ports_of
 
-    planning, solver = Planning.from_args(args), args.solver or DEFAULT_SOLVER
+    planning, solver = Planning.from_args(args), args.solver or SOLVER
     plans = planned_steps(solver, planning, trace, ports_of(topology, routes), cost)
     name = f"{solver} + {planning.replicas} replicas" if planning.replicas else solver
     if planning.replan_every is not None:
         name += f", every {planning.replan_every}, lag {planning.replan_lag}"
     return name, plans, planning.warm_up_steps
-
-
-def _progress_bar(args: argparse.Namespace, steps: int):
-    """On a terminal only."""
-    from tqdm import tqdm
-
-    return tqdm(total=steps, unit="step", desc="simulate", file=sys.stderr, leave=False, disable=True if args.quiet else None)
 
 
 def _write_timeline(args: argparse.Namespace, replay: Replay, topology: Topology) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import nnls
 
-from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps, CostModel
+from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import read_document
+from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 # `bench dispatch` times dispatch and combine, forward and backward.
 EXCHANGES_PER_MEASUREMENT = 4

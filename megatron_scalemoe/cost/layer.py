@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from megatron_scalemoe.cost.exchange import exchange_phases
-from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps, CostModel
+from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.replicas import replica_bytes
 from megatron_scalemoe.plan import PlacementPlan
 from megatron_scalemoe.split import split_tokens
@@ -19,6 +19,7 @@ from megatron_scalemoe.topology.graph import Topology
 from megatron_scalemoe.topology.routes import Routes
 from megatron_scalemoe.traffic.matrices import rows_between_ranks, rows_to_nodes, selections_between_ranks
 from megatron_scalemoe.traffic.trace import LayerTraffic
+from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 # An exchange runs once forward and once, in the other direction, backward; so each direction is used twice.
 _PASSES = 2

@@ -8,8 +8,6 @@ import math
 from megatron_scalemoe.errors import ScaleMoEError
 
 EXCHANGES = ("flat", "1dh", "2dh")
-# A GB/s is 10^9 bytes a second.
-BYTES_PER_US_PER_GBps = 1e3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

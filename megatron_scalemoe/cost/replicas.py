@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps, CostModel
+from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.topology.ports import Ports
+from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 
 def replica_bytes(home_rank_E: np.ndarray, hosts_EG: np.ndarray, cost: CostModel) -> np.ndarray:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps
 from megatron_scalemoe.placement.problem import LayerProblem
+from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 
 def solve_contiguous(

@@ -15,13 +15,13 @@ import itertools
 import numpy as np
 from scipy.optimize import linprog
 
-from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.port_program import PortFloor, PortProgram, port_program, same_both_ways
 from megatron_scalemoe.placement.problem import LayerProblem
 from megatron_scalemoe.placement.replica_bounds import least_copy_load, replicated_floor
 from megatron_scalemoe.placement.row_model import RowBounds, RowModel, row_model
 from megatron_scalemoe.topology.ports import Ports
+from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 METHODS = ("auto", "combinatorial", "lp")
 # `auto` solves the LP up to this many (expert, rank) pairs: 40 ms at 64 x 8, seconds above.

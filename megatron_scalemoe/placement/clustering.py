@@ -16,9 +16,9 @@ from collections.abc import Callable
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps
 from megatron_scalemoe.placement.baselines import solve_greedy
 from megatron_scalemoe.placement.problem import LayerProblem
+from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 _STEPS = 8
 # Source counts differ more than a draw of the tokens would make them differ.

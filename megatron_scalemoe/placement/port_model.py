@@ -11,8 +11,9 @@ import dataclasses
 
 import numpy as np
 
-from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps, CostModel
+from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.placement.problem import LayerProblem
+from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 # An expert that takes every token would have log 0 of them missed, and nothing could be taken from that again.
 _LEAST_MISSED = 1e-30

@@ -12,10 +12,11 @@ import dataclasses
 import numpy as np
 from scipy import sparse
 
-from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps, CostModel
+from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.placement.problem import LayerProblem
 from megatron_scalemoe.placement.row_model import RowBounds, RowModel
 from megatron_scalemoe.topology.ports import Ports
+from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

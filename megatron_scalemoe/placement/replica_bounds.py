@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps
 from megatron_scalemoe.placement.port_program import PortFloor
 from megatron_scalemoe.placement.problem import LayerProblem
 from megatron_scalemoe.placement.row_model import RowBounds, RowModel
+from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 
 def least_copy_load(problem: LayerProblem) -> float:

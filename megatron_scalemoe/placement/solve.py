@@ -13,7 +13,9 @@ from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.baselines import contiguous_homes, solve_contiguous, solve_greedy, solve_random
 from megatron_scalemoe.placement.bounds import lower_bound_us
 from megatron_scalemoe.placement.clustering import solve_clustering
+from megatron_scalemoe.placement.defaults import SOLVER, TIME_BUDGET_S
 from megatron_scalemoe.placement.exact import solve_exact
+from megatron_scalemoe.placement.gap import gap_to
 from megatron_scalemoe.placement.genetic import solve_genetic, solve_genetic_paper
 from megatron_scalemoe.placement.hierarchical import solve_hierarchical
 from megatron_scalemoe.placement.local_search import solve_local_search
@@ -42,7 +44,6 @@ SOLVERS: dict[str, Callable[..., np.ndarray | Solution]] = {
 # These are what others are compared with: they stay as they are, without our replicas, and even where contiguous is better.
 BASELINES = ("contiguous", "random", "greedy", "hierarchical", "genetic_paper")
 _WITHOUT_OUR_REPLICAS = ("contiguous", "random", "hierarchical")
-DEFAULT_SOLVER = "memetic"
 _REPLICA_TRIES = 4
 # Of the time, where replicas follow.
 _HOMES_SHARE = 0.4
@@ -55,7 +56,7 @@ class LayerResult:
     """One layer's placement and how good it is.
 
     cost_us: at the ports (`objective.solution_cost`), replicas included. lower_bound_us: no placement costs less.
-    gap: cost_us / lower_bound_us - 1. history: (seconds, best cost_us so far) at each improvement. seconds: of the search alone.
+    gap: see `gap.gap_to`. history: (seconds, best cost_us so far) at each improvement. seconds: of the search alone.
     """
 
     solution: Solution
@@ -66,7 +67,7 @@ class LayerResult:
 
     @property
     def gap(self) -> float:
-        return self.cost_us / self.lower_bound_us - 1 if self.lower_bound_us > 0 else 0.0 if self.cost_us == 0 else float("inf")
+        return gap_to(self.lower_bound_us, self.cost_us)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -88,7 +89,7 @@ class SolveResult:
 
     @property
     def gap(self) -> float:
-        return self.cost_us / self.lower_bound_us - 1 if self.lower_bound_us > 0 else 0.0 if self.cost_us == 0 else float("inf")
+        return gap_to(self.lower_bound_us, self.cost_us)
 
 
 def solve_layer(
@@ -137,7 +138,7 @@ def _search(problem: LayerProblem, solver: str, rng: np.random.Generator, deadli
     if isinstance(found, Solution):
         return found
     if replicate:
-        return _with_replicas(problem, found, rng, deadline, tries=_REPLICA_TRIES if solver == DEFAULT_SOLVER else 1)
+        return _with_replicas(problem, found, rng, deadline, tries=_REPLICA_TRIES if solver == SOLVER else 1)
     return Solution.without_replicas(found, problem.num_ranks)
 
 
@@ -156,10 +157,10 @@ def solve_trace(
     ports: Ports,
     cost: CostModel,
     *,
-    solver: str = DEFAULT_SOLVER,
+    solver: str = SOLVER,
     replicas: int = 0,
     seed: int = 0,
-    time_budget_s: float = 8.0,
+    time_budget_s: float = TIME_BUDGET_S,
     steps: slice = slice(None),
     shared: bool = False,
     progress: Callable[[int, int], None] | None = None,

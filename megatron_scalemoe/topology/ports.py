@@ -12,10 +12,10 @@ import numpy as np
 
 from megatron_scalemoe.topology.graph import Topology
 from megatron_scalemoe.topology.routes import Routes, backwards
+from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 # Sums of fractions such as 1/3: a link carries all traffic when it carries all but this share.
 _ROUNDING = 1e-9
-_BYTES_PER_US_PER_GBps = 1e3
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -113,7 +113,7 @@ def port_time_us(bytes_GG: np.ndarray, ports: Ports) -> float:
         np.bincount(nodes, out.sum(axis=0), num_nodes) / ports.node_in_GBps,
         np.bincount(nodes, out.sum(axis=1), num_nodes) / ports.node_out_GBps,
     ]
-    return float(max(time.max() for time in times)) / _BYTES_PER_US_PER_GBps
+    return float(max(time.max() for time in times)) / BYTES_PER_US_PER_GBps
 
 
 def _capacities(topology: Topology, routes: Routes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 
 from megatron_scalemoe.cli.planning import (
-    DEFAULT_TIME_BUDGET_S,
     HISTORY,
     Planning,
     add_planning_flags,
     add_replanning_flags,
     check_planning_flags,
-    gap_to,
     planned_steps,
 )
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.placement.defaults import TIME_BUDGET_S
 from megatron_scalemoe.placement.solve import solve_trace
 from megatron_scalemoe.plan import PlacementPlan
 from megatron_scalemoe.topology.ports import two_level_ports
@@ -56,7 +55,7 @@ def test_a_time_budget_is_a_number_of_seconds(value):
 
 def test_without_flags_there_is_one_plan_of_the_whole_trace_in_ten_seconds():
     default = planning()
-    assert (default.replicas, default.seed, default.time_budget_s, default.warm_up_steps) == (0, 0, DEFAULT_TIME_BUDGET_S, 0)
+    assert (default.replicas, default.seed, default.time_budget_s, default.warm_up_steps) == (0, 0, TIME_BUDGET_S, 0)
     assert (default.replan_every, default.replan_lag) == (None, None)
 
 
@@ -68,12 +67,6 @@ def test_either_replanning_flag_brings_the_other_and_a_shorter_budget(arguments,
     replanning = planning(*arguments)
     assert (replanning.replan_every, replanning.replan_lag, replanning.warm_up_steps, replanning.time_budget_s) == (every, lag, lag, 1.0)
     assert planning(*arguments, "--time-budget", "7").time_budget_s == 7.0
-
-
-def test_a_gap_is_a_share_of_the_bound_and_shows_a_bound_that_is_none():
-    assert gap_to(2.0, 3.0) == 0.5
-    assert gap_to(4.0, 3.0) == -0.25
-    assert gap_to(0.0, 3.0) == gap_to(2e-9, 0.0) == 0.0
 
 
 def test_one_plan_serves_every_step_unless_replanning():

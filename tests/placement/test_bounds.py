@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_scalemoe.cost.exchange import exchange_phases
-from megatron_scalemoe.cost.model import BYTES_PER_US_PER_GBps, CostModel
+from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.replicas import replica_us
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.baselines import solve_greedy
@@ -22,6 +22,7 @@ from megatron_scalemoe.placement.replica_bounds import least_copy_load
 from megatron_scalemoe.topology.ports import two_level_ports
 from megatron_scalemoe.traffic.matrices import distinct_factor
 from megatron_scalemoe.traffic.synthetic import synthesize
+from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 from tests.placement.tiny import all_homes, least_cost_us, random_problem
 
 SHAPES = ((4, 2), (6, 2), (6, 3), (3, 3), (4, 4))
