@@ -9,7 +9,7 @@ Only experts with several copies leave a choice. Two steps, both on integers:
    first, so few tokens move.
 2. Which source fills which copy: its own node's before another's. What a node cannot supply itself comes from the others, and is spread
    over the node's copies in proportion; of the rest each copy takes its own rank's tokens first. (With all of a rank's own tokens first,
-   tokens from other nodes crowd on few ranks: 30 % more exchange time on the recorded shape with 16 ranks in 2 nodes.)
+   tokens from other nodes would crowd on few ranks, and all would wait for their NICs.)
 
 Flows, and not sweeps of water-filling expert by expert, because one takes 0.13 ms in scipy for 64 ranks, and is exact also where replicas
 chain many ranks together; sweeps carry load along a chain only step by step.
