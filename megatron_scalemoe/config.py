@@ -15,6 +15,8 @@ from megatron_scalemoe.errors import ScaleMoEError
 
 DISPATCHES = ("ragged", "padded")
 EXPERTS = ("megatron", "grouped")
+SEQUENCE_PLACEMENTS = ("none", "affinity")
+DEFAULT_REPLAN_INTERVAL = 50
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,9 +31,38 @@ class ScaleMoEConfig:
     """With `padded`: rows per expert and source rank = factor x tokens x top-k / experts, and tokens beyond it are dropped. Without it
     nothing is dropped: every expert is padded to the largest count of the step."""
 
-    experts: str = dataclasses.field(default="megatron", metadata={"choices": EXPERTS})
+    experts: str | None = dataclasses.field(default=None, metadata={"choices": EXPERTS})
     """Which experts module computes: `megatron` keeps the one in the model's spec; `grouped` is ours, stacked weights and one grouped
-    matrix multiplication per layer (no Transformer Engine needed), with the same checkpoint keys."""
+    matrix multiplication per layer (no Transformer Engine needed), with the same checkpoint keys. Default: megatron, or grouped with a
+    plan, replicas or migration, which need it."""
+
+    topology: str | None = None
+    """The cluster, a file from `scalemoe topology`, with a GPU for each rank of the job or of one expert-parallel group. It prices replicas
+    and migration. Without it one number is measured at start, and the network taken for uniform."""
+
+    plan: str | None = None
+    """Start with the placement in this file (from `scalemoe plan`): homes of experts, and replicas."""
+
+    replicas: int | None = dataclasses.field(default=None, metadata={"type": int})
+    """Extra slots per layer for copies of hot experts, over all ranks of the expert-parallel group (a multiple of its size): the memory
+    that replicas may take. How many are used, and for which experts, is decided at each replan. Default: as many as the plan has."""
+
+    replan_interval: int | None = dataclasses.field(default=None, metadata={"type": int})
+    """Iterations between replans from the counts recorded since the last; 0 keeps the plan. Default: 50 with --scalemoe-replicas or
+    --scalemoe-migrate, else 0."""
+
+    migrate: bool = dataclasses.field(default=False, metadata={"type": "flag"})
+    """Let replans also move homes of experts between ranks, with their optimizer state, where that pays back. Off, homes stay."""
+
+    sequence_placement: str = dataclasses.field(default="none", metadata={"choices": SEQUENCE_PLACEMENTS})
+    """Which data-parallel rank computes which sequence of a global batch: `none` leaves it to the sampler; `affinity` places sequences near
+    the experts that their tokens have chosen so far, by token id."""
+
+    trace_path: str | None = None
+    """Record the routing into this directory, as `routing.npz` for `scalemoe plan`, one step per --scalemoe-trace-interval."""
+
+    trace_interval: int = dataclasses.field(default=10, metadata={"type": int})
+    """Iterations that one recorded step of the routing sums up, for replans as well as for --scalemoe-trace-path."""
 
     force_skew: float | None = dataclasses.field(default=None, metadata={"type": float})
     """For benchmarks only: ignore the router's choice and draw experts from a Zipf law with this exponent (0 is uniform). The loss is
@@ -40,7 +71,7 @@ class ScaleMoEConfig:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise ScaleMoEError(f"{flag_name(f.name)} must be one of {', '.join(choices)}", found=repr(value))
         if self.padded_capacity_factor is not None:
             if self.dispatch != "padded":
@@ -53,6 +84,43 @@ class ScaleMoEConfig:
                 raise ScaleMoEError("--scalemoe-padded-capacity-factor must be above 0", found=self.padded_capacity_factor)
         if self.force_skew is not None and not self.force_skew >= 0:
             raise ScaleMoEError("--scalemoe-force-skew must be 0 or above", found=self.force_skew)
+        for name, least in (("replicas", 0), ("replan_interval", 0), ("trace_interval", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ScaleMoEError(f"{flag_name(name)} must be {least} or more", found=value)
+        if self.places_experts:
+            self._check_placing()
+
+    def _check_placing(self) -> None:
+        if self.experts == "megatron":
+            raise ScaleMoEError(
+                "--scalemoe-plan, --scalemoe-replicas and --scalemoe-migrate need --scalemoe-experts grouped",
+                found="--scalemoe-experts megatron",
+                try_="leave --scalemoe-experts out",
+            )
+        if self.dispatch == "padded":
+            raise ScaleMoEError(
+                "--scalemoe-dispatch padded is a baseline: it knows no plans",
+                found="--scalemoe-plan, --scalemoe-replicas or --scalemoe-migrate",
+                try_="--scalemoe-dispatch ragged",
+            )
+
+    @property
+    def places_experts(self) -> bool:
+        """Whether experts may be elsewhere than where Megatron puts them."""
+        return self.plan is not None or bool(self.replicas) or self.migrate
+
+    @property
+    def grouped_experts(self) -> bool:
+        """Whether our experts module computes."""
+        return self.experts == "grouped" or self.places_experts
+
+    @property
+    def replans_every(self) -> int:
+        """Iterations between replans, 0 for never."""
+        if self.replan_interval is not None:
+            return self.replan_interval if self.places_experts else 0
+        return DEFAULT_REPLAN_INTERVAL if self.replicas or self.migrate else 0
 
 
 def flag_name(field_name: str) -> str:

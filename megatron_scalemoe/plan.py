@@ -152,12 +152,17 @@ class PlacementPlan:
 
 
 def save_plan(plan: PlacementPlan, path: Path, *, force: bool = False) -> None:
-    """Writes the plan as JSON, one layer a line, atomically. Raises `ScaleMoEError` if `path` exists and `force` is not set."""
+    """Writes `format_plan`, atomically. Raises `ScaleMoEError` if `path` exists and `force` is not set."""
+    write_atomically(path, format_plan(plan), force=force)
+
+
+def format_plan(plan: PlacementPlan) -> str:
+    """The plan as JSON text, one layer a line."""
     content = plan.to_json()
     rows = {key: ",\n    ".join(map(json.dumps, content.pop(key))) for key in ("physical_to_logical", "home")}
     head = json.dumps(content, indent=2)[:-2]
     body = "".join(f',\n  "{key}": [\n    {text}\n  ]' for key, text in rows.items())
-    write_atomically(path, f"{head}{body}\n}}\n", force=force)
+    return f"{head}{body}\n}}\n"
 
 
 def load_plan(path: Path) -> PlacementPlan:

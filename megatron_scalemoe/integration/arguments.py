@@ -24,14 +24,10 @@ def add_scalemoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--scalemoe-config", metavar="YAML", help="Read the options below from a file (names with underscores); flags win.")
     helps = field_help()
     for field in dataclasses.fields(ScaleMoEConfig):
-        default = "" if field.default is None else f" Default: {field.default}."
-        group.add_argument(
-            flag_name(field.name),
-            choices=field.metadata.get("choices"),
-            type=field.metadata.get("type", str),
-            default=None,
-            help=helps[field.name] + default,
-        )
+        default = "" if field.default in (None, False) else f" Default: {field.default}."
+        kind = field.metadata.get("type", str)
+        how = {"action": "store_true"} if kind == "flag" else {"type": kind, "choices": field.metadata.get("choices")}
+        group.add_argument(flag_name(field.name), default=None, help=helps[field.name] + default, **how)
     return parser
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,11 @@ _OPTIMIZER_PARTS = "optimizer_parts"  # beside the checkpoint's own nesting of t
 
 @dataclasses.dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What `load_checkpoint` found: the iteration, the caller's `extra` values, and whether the generators continue as in the saved run."""
+    """What `load_checkpoint` found: the iteration, its directory, the caller's `extra` values, and whether the generators continue as in the
+    saved run."""
 
     iteration: int
+    path: Path
     extra: dict[str, Any]
     rng_restored: bool
 
@@ -55,11 +57,13 @@ def save_checkpoint(
     optimizer: Any = None,
     scheduler: Any = None,
     extra: dict[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> Path:
     """Save all state under `directory` and make it the latest checkpoint; returns its path.
 
     `extra` holds plain values, the same on every rank, that `load_checkpoint` gives back; `args` and
-    `num_floating_point_operations_so_far` are names that stock Megatron reads. Raises `ScaleMoEError` if the checkpoint cannot be written;
+    `num_floating_point_operations_so_far` are names that stock Megatron reads. `files` are texts to lie beside it, by name, such as
+    `LiveBalance.checkpoint_files()`. Raises `ScaleMoEError` if the checkpoint cannot be written;
     the one before is then still whole and the latest.
     """
     check_checkpoint_support(optimizer)
@@ -78,7 +82,7 @@ def save_checkpoint(
     stored_metadata = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
     with _as_user_error(f"could not save iteration {iteration} to {directory}"):
         serialization.save(state, str(written), strategy, content_metadata=stored_metadata)
-    return _on_first_rank(checkpoint_files.publish, written, directory, iteration)
+    return _on_first_rank(checkpoint_files.publish, written, directory, iteration, files or {})
 
 
 def load_checkpoint(
@@ -114,7 +118,7 @@ def load_checkpoint(
             scheduler.load_state_dict(common["opt_param_scheduler"])
     rng_restored = "rng_state" in wanted and checkpoint_rng.restore_rng_state(state["rng_state"])
     extra = {name: value for name, value in common.items() if not _is_reserved(name)}
-    return LoadedCheckpoint(iteration, extra, rng_restored)
+    return LoadedCheckpoint(iteration, path, extra, rng_restored)
 
 
 def _wanted_state(model_chunks: list, optimizer: Any, metadata: dict, stored: dict[str, ShardedBase]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
@@ -89,8 +90,10 @@ def start_writing(directory: Path, iteration: int) -> Path:
     return path
 
 
-def publish(written: Path, directory: Path, iteration: int) -> Path:
-    """Make a complete checkpoint the latest one: on disk first, then under its name, then in the tracker file."""
+def publish(written: Path, directory: Path, iteration: int, files: Mapping[str, str]) -> Path:
+    """Make a complete checkpoint, with these files beside it, the latest one: on disk first, then under its name, then in the tracker file."""
+    for name, text in files.items():
+        (written / name).write_text(text)
     for file in written.rglob("*"):
         _sync(file)
     _sync(written)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedBase, ShardedTensorFactory
@@ -22,12 +23,17 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
+from megatron_scalemoe.integration.replicas import LayerReplicas
+
 Offsets = tuple[tuple[int, int, int], ...]  # (axis, index of this shard, number of shards), as everywhere in Megatron's checkpoints
 
 
 class ScaleMoEGroupedMLP(MegatronModule):
     """Experts of one rank, in the place of `SequentialMLP`. What it cannot compute is refused by `support.check_supported`.
 
+    home_experts: the logical expert in each of the L home slots; Megatron's own placement until a plan moves them, always in the order of
+    the stacked weights. Checkpoints name experts by it. replicas: the copies of other ranks' experts that this rank computes, too, if any;
+    replica_time_s: how long it has waited for them.
     fc1 [L, F1, D] and fc2 [L, D, F2] in `params_dtype`. F2 is this expert-tensor-parallel rank's part of the FFN size; F1 is the same, or
     twice that with a gated linear unit.
     """
@@ -36,20 +42,48 @@ class ScaleMoEGroupedMLP(MegatronModule):
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        first = self.ep_group.rank() * num_local_experts
+        self.home_experts = tuple(range(first, first + num_local_experts))
+        self.replicas: LayerReplicas | None = None
+        self.replica_time_s = 0.0
         weights = [_initial_weights(config, self.tp_group) for _ in range(num_local_experts)]
         self.fc1, self.fc2 = (torch.nn.Parameter(torch.stack(same_layer)) for same_layer in zip(*weights, strict=True))
         for parameter, tp_axis, stride in ((self.fc1, 1, _fc1_parts(config)), (self.fc2, 2, 1)):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=tp_axis, stride=stride)
             parameter.allreduce = config.expert_model_parallel_size == 1  # False: gradients are averaged over expert-data-parallel ranks
 
+    def set_replicas(self, slots_P: np.ndarray | None) -> None:
+        """Compute the replicas that this rank has in these slots (int [P], of one layer), or none. All ranks of the layer call it together."""
+        self.replicas = None
+        if slots_P is not None:
+            self.replicas = LayerReplicas(self.fc1, self.fc2, slots_P, self.ep_group, self._count_replica_time)
+
+    def _count_replica_time(self, time_s: float) -> None:
+        self.replica_time_s += time_s
+
     def forward(self, x_RD: Tensor, tokens_per_expert: Tensor, probs_R: Tensor) -> tuple[Tensor, None]:
-        """Rows sorted by expert, their counts per expert (int [L], on any device) and probabilities -> outputs [R, D] and no bias."""
+        """Rows sorted by expert, their counts per expert and probabilities -> outputs [R, D] and no bias.
+
+        tokens_per_expert: int [L], on any device; with replicas int [slots of this rank] on the host, homes first.
+        """
+        if self.replicas is None:
+            return self._compute(x_RD, tokens_per_expert, probs_R, self.fc1, self.fc2), None
+        fc1, fc2, copied_fc1, copied_fc2 = self.replicas.with_gradients()
+        at_home, copied = tokens_per_expert[: self.num_local_experts], tokens_per_expert[self.num_local_experts :]
+        num_rows = int(at_home.sum())
+        y_RD = self._compute(x_RD[:num_rows], at_home, probs_R[:num_rows], fc1, fc2)
+        if not len(self.replicas.replica_slots):
+            return y_RD, None
+        of_copies = copied[torch.from_numpy(self.replicas.replica_slots)]
+        return torch.cat([y_RD, self._compute(x_RD[num_rows:], of_copies, probs_R[num_rows:], copied_fc1, copied_fc2)]), None
+
+    def _compute(self, x_RD: Tensor, tokens_per_expert: Tensor, probs_R: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
         offsets_L = tokens_per_expert.to(x_RD.device, non_blocking=True).cumsum(0, dtype=torch.int32)
         probs_R1 = probs_R.unsqueeze(-1)
         if self.config.moe_apply_probs_on_input:
             x_RD, probs_R1 = (probs_R1 * x_RD).to(x_RD.dtype), torch.ones_like(probs_R1)
-        hidden_RF = _activate(self.config, _grouped_linear(x_RD, self.fc1, offsets_L), probs_R1)
-        return _grouped_linear(hidden_RF, self.fc2, offsets_L), None
+        hidden_RF = _activate(self.config, _grouped_linear(x_RD, fc1, offsets_L), probs_R1)
+        return _grouped_linear(hidden_RF, fc2, offsets_L)
 
     def get_extra_state(self) -> None:
         """Nothing: it stands for the empty extra states of SequentialMLP's linears, which its checkpoints hold."""
@@ -71,11 +105,10 @@ class ScaleMoEGroupedMLP(MegatronModule):
 
     def _experts_in_checkpoint(self, key: str, sharded_offsets: Offsets, singleton: bool) -> list[tuple[str, Offsets]]:
         """Key and offsets of each local expert: a key of its own, or its place on an axis of experts."""
-        first, total = self.ep_group.rank() * self.num_local_experts, self.ep_group.size() * self.num_local_experts
-        experts = range(first, first + self.num_local_experts)
+        total = self.ep_group.size() * self.num_local_experts
         if singleton:
-            return [(f"{key}.{expert}", sharded_offsets) for expert in experts]
-        return [(key, (*sharded_offsets, (len(sharded_offsets), expert, total))) for expert in experts]
+            return [(f"{key}.{expert}", sharded_offsets) for expert in self.home_experts]
+        return [(key, (*sharded_offsets, (len(sharded_offsets), expert, total))) for expert in self.home_experts]
 
     def _extra_states(self, key: str, sharded_offsets: Offsets, singleton: bool) -> list[ShardedBase]:
         replica_id = (0, self.tp_group.rank(), self.dp_group.rank())

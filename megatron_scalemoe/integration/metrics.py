@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import track_moe_metrics
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scalemoe.integration.router import ScaleMoERouter
+from megatron_scalemoe.integration.moe_layer import ScaleMoELayer
 from megatron_scalemoe.routing.stats import max_over_mean
 
 # what Megatron's routers call each of their losses
@@ -46,16 +46,28 @@ def mean_aux_losses(config: TransformerConfig, num_micro_batches: int) -> dict[s
 
 
 def mean_rank_load(model_chunks: Iterable[torch.nn.Module]) -> float | None:
-    """Largest over mean rank load since the last call, averaged over this pipeline stage's MoE layers; None without a `ScaleMoERouter`.
+    """Largest over mean rank load since the last call, averaged over this pipeline stage's MoE layers; None without a `ScaleMoELayer`.
 
-    Sums the counts over the ranks that share the experts, so every rank must call it; one host synchronisation. Resets the counts.
+    A rank's load is the rows that its experts computed, whatever the plan. Sums over the ranks that share the experts, so every rank must
+    call it; one host synchronisation.
     """
-    routers = [module for chunk in model_chunks for module in chunk.modules() if isinstance(module, ScaleMoERouter)]
-    if not routers:
+    dispatchers = [module.token_dispatcher for chunk in model_chunks for module in chunk.modules() if isinstance(module, ScaleMoELayer)]
+    if not dispatchers:
         return None
-    counts_LE = torch.stack([router.tokens_per_expert for router in routers])
-    torch.distributed.all_reduce(counts_LE, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
-    for router in routers:
-        router.tokens_per_expert.zero_()
-    num_ranks = parallel_state.get_expert_model_parallel_world_size()
-    return sum(max_over_mean(counts_E, num_ranks) for counts_E in counts_LE.cpu()) / len(routers)
+    rows_L = [dispatcher.rows_computed - dispatcher.rows_reported for dispatcher in dispatchers]
+    for dispatcher in dispatchers:
+        dispatcher.rows_reported = dispatcher.rows_computed
+    load_LG = load_of_ranks(torch.tensor([rows_L]))[0]
+    return sum(max_over_mean(load_G, load_G.numel()) for load_G in load_LG) / len(dispatchers)
+
+
+def load_of_ranks(rows_SL: torch.Tensor) -> torch.Tensor:
+    """int64 [S, L] rows of this rank, on the host -> [S, L, G]: of each position in the expert-parallel group, all such groups together.
+
+    Collective over the pipeline stage.
+    """
+    ranks, rank = parallel_state.get_expert_model_parallel_world_size(), parallel_state.get_expert_model_parallel_rank()
+    load_SLG = torch.zeros(*rows_SL.shape, ranks, dtype=torch.int64, device=torch.cuda.current_device())
+    load_SLG[:, :, rank] = rows_SL.to(load_SLG.device)
+    torch.distributed.all_reduce(load_SLG, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+    return load_SLG.cpu()

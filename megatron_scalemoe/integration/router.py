@@ -14,8 +14,8 @@ from megatron_scalemoe.routing.stats import add_counts, zipf_logits
 
 
 class ScaleMoERouter(TopKRouter):
-    """Routes exactly as `TopKRouter`. `tokens_per_expert` (int64 [E], on the device) counts this rank's training tokens since the last
-    `zero_()`; recomputed forwards and evaluation are not counted."""
+    """Routes exactly as `TopKRouter`. `tokens_per_expert` (int64 [E], on the device) counts this rank's training tokens from the start;
+    recomputed forwards and evaluation are not counted."""
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, *, scalemoe: ScaleMoEConfig):
         super().__init__(config=config, pg_collection=pg_collection)

@@ -57,7 +57,7 @@ def _replace(spec: ModuleSpec, config: ScaleMoEConfig, pg_collection: ProcessGro
         spec.params["pg_collection"] = pg_collection
     if spec.submodules.router is TopKRouter:
         spec.submodules = dataclasses.replace(spec.submodules, router=functools.partial(ScaleMoERouter, scalemoe=config))
-    if config.experts == "grouped":
+    if config.grouped_experts:
         spec.submodules = dataclasses.replace(spec.submodules, experts=ModuleSpec(module=ScaleMoEGroupedMLP))
 
 

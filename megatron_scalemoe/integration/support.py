@@ -14,7 +14,7 @@ from megatron_scalemoe.errors import ScaleMoEError
 
 def check_supported(megatron: TransformerConfig, scalemoe: ScaleMoEConfig) -> None:
     """Raise one `ScaleMoEError` that lists every flag of this run that ScaleMoE does not support, with the way out."""
-    problems = [*_dispatch_problems(megatron, scalemoe), *(_grouped_problems(megatron) if scalemoe.experts == "grouped" else ())]
+    problems = [*_dispatch_problems(megatron, scalemoe), *(_grouped_problems(megatron) if scalemoe.grouped_experts else ())]
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise ScaleMoEError(f"--moe-dispatcher scalemoe does not support this run:\n{lines}", try_="or --moe-dispatcher stock")
@@ -42,6 +42,10 @@ def _dispatch_problems(megatron: TransformerConfig, scalemoe: ScaleMoEConfig) ->
         yield "--scalemoe-dispatch padded with --expert-tensor-parallel-size above 1: use --scalemoe-dispatch ragged"
     if scalemoe.dispatch == "padded" and megatron.moe_pad_expert_input_to_capacity:
         yield "--scalemoe-dispatch padded with --moe-pad-expert-input-to-capacity pads twice: remove one of them"
+    if scalemoe.replicas and scalemoe.replicas % ep:
+        yield f"--scalemoe-replicas {scalemoe.replicas} is not a multiple of --expert-model-parallel-size {ep}: every rank gets as many slots"
+    if scalemoe.replicas and experts is not None and scalemoe.replicas // ep > experts - experts // ep:
+        yield f"--scalemoe-replicas {scalemoe.replicas}: a rank holds no expert twice, so that {ep * (experts - experts // ep)} is the most"
 
 
 def _grouped_problems(megatron: TransformerConfig) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_scalemoe.dispatch.local import LocalDispatcher
 from megatron_scalemoe.dispatch.padded import PaddedDispatcher
+from megatron_scalemoe.dispatch.placed import LayerPlacement, PlacedDispatcher
 from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.reference import moe_layer
@@ -30,8 +32,10 @@ class Case:
     drop_share: float = 0.0
     non_contiguous: bool = False
     expert_tp_size: int = 1
+    slots: tuple[int, ...] = ()  # with the dispatch "placed": the expert of each slot, EMPTY for none
 
 
+NODES = {2: (0, 0), 4: (0, 0, 1, 1)}
 CASES = {
     "top1": Case(top_k=1),
     "top2-uniform": Case(skew=0.0),
@@ -93,6 +97,10 @@ def make_dispatcher(kind: str, case: Case):
         return RaggedDispatcher(group, case.experts, case.top_k, case.expert_tp_size)
     if kind == "padded":
         return PaddedDispatcher(group, case.experts, case.top_k)
+    if kind == "placed":
+        ranks = group.size() // case.expert_tp_size
+        placement = LayerPlacement(np.array(case.slots), ranks, np.array(NODES[ranks]))
+        return PlacedDispatcher(group, placement, case.top_k, case.expert_tp_size, torch.device("cpu"))
     return LocalDispatcher()
 
 
@@ -105,10 +113,10 @@ def run_case(kind: str, case: Case) -> dict:
     assert rows.shape == (int(tokens_per_expert.sum()), case.hidden) and row_probs.shape == rows.shape[:1]
     num_local = len(tokens_per_expert)
     block = rank // case.expert_tp_size if kind != "local" else 0
-    per_expert = zip(rows.split(tokens_per_expert.tolist()), row_probs.split(tokens_per_expert.tolist()), strict=True)
-    outputs = [
-        expert(block * num_local + i, xs, ps, rank % case.expert_tp_size, case.expert_tp_size) for i, (xs, ps) in enumerate(per_expert)
-    ]
+    first = block * num_local
+    logical = case.slots[first : first + num_local] if kind == "placed" else range(first, first + num_local)
+    per_expert = zip(logical, rows.split(tokens_per_expert.tolist()), row_probs.split(tokens_per_expert.tolist()), strict=True)
+    outputs = [expert(e, xs, ps, rank % case.expert_tp_size, case.expert_tp_size) for e, xs, ps in per_expert]
     y = dispatcher.combine(torch.cat(outputs), metadata)
     weights = torch.linspace(0.5, 1.5, case.hidden).to(case.dtype)
     (y * weights).sum().backward()

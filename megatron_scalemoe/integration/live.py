@@ -1,0 +1,250 @@
+"""Live balance: replicas and homes of experts that follow the routing while the model trains.
+
+Counts accumulate on the device. Every `--scalemoe-replan-interval` iterations they come to one rank of the pipeline stage, whose planner
+works in a process of its own while training goes on (the overlap of the paper's superbatches). When it is done all ranks get the new plan
+at the same step boundary, check that they have the same one, move homes if it says so, and dispatch by it from the next step on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_scalemoe.config import DEFAULT_REPLAN_INTERVAL, ScaleMoEConfig
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.files import SCHEMA_VERSION
+from megatron_scalemoe.integration import live_plans
+from megatron_scalemoe.integration.calibrate import group_ports, measured_cost
+from megatron_scalemoe.integration.live_figures import StepFigures
+from megatron_scalemoe.integration.live_layers import live_layers, moe_rows, return_gradients_before_reduction, send_replicas_ahead
+from megatron_scalemoe.integration.live_log import event_text
+from megatron_scalemoe.integration.migration import migrate_homes
+from megatron_scalemoe.integration.recorder import RoutingRecorder, joined, whole_trace
+from megatron_scalemoe.placement.background import BackgroundPlanner
+from megatron_scalemoe.placement.policy import ReplanPolicy
+from megatron_scalemoe.placement.replan import Replan, ReplanOptions
+from megatron_scalemoe.plan import PlacementPlan, format_plan
+from megatron_scalemoe.traffic.trace import RoutingTrace, save_trace
+
+# Of the planner, for all layers of a stage.
+PLANNING_S = 2.0
+_TRACE_FILE, _MOST_RECORDED = "routing.npz", 1000
+PLAN_FILE, STATISTICS_FILE, _EVENTS_KEPT = "scalemoe_plan.json", "scalemoe_statistics.json", 20
+_WAITING, _FAILED, _READY = range(3)
+
+
+class LiveBalance:
+    """Owns the plan of this pipeline stage, the planner's process and the record of the routing.
+
+    All ranks make it after the model and its optimizer, before the first step; call `step_done` after every optimizer step and `close` at
+    the end. `say` gets the log lines, on the first rank of the stage. events: what was said, as dictionaries for a JSON file.
+    """
+
+    def __init__(
+        self,
+        model_chunks: list[torch.nn.Module],
+        optimizer,
+        config: TransformerConfig,
+        scalemoe: ScaleMoEConfig,
+        *,
+        micro_batches: int,
+        say: Callable[[str], None] = print,
+    ):
+        self._optimizer, self._scalemoe, self._micro_batches, self._say = optimizer, scalemoe, micro_batches, say
+        self.layers = live_layers(model_chunks, config)
+        self._stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        self._leads = self._stage.rank() == 0
+        self._num_rows = len(moe_rows(config))
+        self._ranks_and_experts = config.expert_model_parallel_size, config.num_moe_experts
+        self._planner: BackgroundPlanner | None = None
+        self._asked = 0
+        self._unpaid_us = self._saving_us = 0.0
+        self._recorded: RoutingTrace | None = None
+        self.events: list[dict] = []
+        self.plan: PlacementPlan | None = None
+        ranks, experts = self._ranks_and_experts
+        self._recorder = RoutingRecorder(
+            [live.layer.router for live in self.layers],
+            micro_batches,
+            {"topk": config.moe_router_topk, "hidden_size": config.hidden_size, "ffn_hidden_size": config.moe_ffn_hidden_size},
+        )
+        self._figures = StepFigures(self.layers)
+        self._places = scalemoe.places_experts and ranks > 1
+        self._interval = scalemoe.replans_every or (DEFAULT_REPLAN_INTERVAL if scalemoe.trace_path else 0)
+        if self._places and self.layers:
+            whole = live_plans.start_plan(scalemoe, self._num_rows, ranks, experts)
+            self._make_placeable(model_chunks, config)
+            spare = whole.slots_per_rank - whole.homes_per_rank
+            self.plan = PlacementPlan.contiguous(len(self.layers), ranks, experts, replica_slots_per_rank=spare)
+            self.adopt(live_plans.stage_plan(whole, self._rows))
+
+    @property
+    def _rows(self) -> list[int]:
+        return [live.row for live in self.layers]
+
+    def _make_placeable(self, model_chunks: list[torch.nn.Module], config: TransformerConfig) -> None:
+        return_gradients_before_reduction(model_chunks, self.layers)
+        if not model_chunks[0].ddp_config.overlap_param_gather:  # there the next layer's parameters may not have come yet
+            send_replicas_ahead(self.layers)
+        self._ports = group_ports(self._scalemoe.topology)
+        self._cost = measured_cost(config, self.layers[0].experts, self._micro_batches)
+        if self._leads and self._scalemoe.replans_every:
+            self._planner = BackgroundPlanner()
+
+    def adopt(self, plan: PlacementPlan) -> bool:
+        """Put this stage's plan in force, moving homes and their optimizer state where they change. Collective; between optimizer steps.
+
+        False, and nothing has changed on any rank, if a move failed its checks; the reason was said.
+        """
+        live_plans.check_same_plan(plan)
+        experts = {live.index: live.experts for live in self.layers}
+        report = migrate_homes(experts, self._optimizer, self.plan, plan)
+        if not report.ok:
+            self._tell({"event": "migration failed", "reason": report.reason})
+            return False
+        self.plan = plan
+        for live in self.layers:
+            live.apply(plan, self._ports.node_of_rank)
+        return True
+
+    def step_done(self, iteration: int) -> None:
+        """Call on every rank after every optimizer step, with the number of the iteration that it ended."""
+        began = time.perf_counter()
+        for live in self.layers:
+            if live.replicas is not None:
+                live.replicas.renew()
+        self._figures.end_step()
+        self._recorder.end_step()
+        if iteration % self._scalemoe.trace_interval == 0:
+            self._recorder.mark(iteration)
+        if self._asked and _is_power_of_two(iteration - self._asked):
+            self._take_plan(iteration)
+        if self._interval and iteration % self._interval == 0:
+            self._end_interval(iteration)
+        self._figures.add_exposed(time.perf_counter() - began)
+
+    def replan_now(self, iteration: int) -> None:
+        """Ask for a plan from the counts recorded so far, wait for it and put it in force. Collective; for tests and impatient users."""
+        self._recorder.mark(iteration)
+        self._end_interval(iteration)
+        if self._leads:
+            self._planner.wait(timeout_s=10 * PLANNING_S)
+        self._take_plan(iteration)
+
+    def checkpoint_files(self) -> dict[str, str]:
+        """Names and contents of the files that belong beside a checkpoint: the plan, and figures of the run. Collective.
+
+        None are needed to load the checkpoint: its expert tensors are in logical order.
+        """
+        statistics = {"schema_version": SCHEMA_VERSION, "unpaid_us": self._unpaid_us, "events": self.events[-_EVENTS_KEPT:]}
+        files = {STATISTICS_FILE: json.dumps(statistics, indent=1)}
+        if self._places:
+            files[PLAN_FILE] = format_plan(live_plans.whole_plan(self.plan, self._rows, self._num_rows))
+        return files
+
+    def resume(self, checkpoint: Path) -> None:
+        """Call after loading this checkpoint: goes on with the plan that was in force when it was saved, if it fits. Collective."""
+        for live in self.layers:
+            if live.replicas is not None:
+                live.replicas.renew()
+        if not self._places:
+            return
+        plan, problem = live_plans.plan_beside(checkpoint / PLAN_FILE, self._num_rows, self._ranks_and_experts, self._scalemoe.replicas)
+        if plan is None:
+            self._tell({"event": "plan not resumed", "reason": problem})
+        elif self.plan is not None:
+            self.adopt(live_plans.stage_plan(plan, self._rows))
+
+    def close(self) -> None:
+        """End the planner's process and write what was recorded."""
+        if self._scalemoe.trace_path:
+            self._save_trace(self._recorder.gather())
+        if self._planner is not None:
+            self._planner.close()
+
+    def _end_interval(self, iteration: int) -> None:
+        """Tell how the last interval went, and ask for the next plan."""
+        if self.layers:
+            event = self._figures.gather(iteration)
+            self._tell(event)
+            self._unpaid_us = max(0.0, self._unpaid_us - event["steps"] * self._saving_us)
+        trace = self._recorder.gather()
+        self._save_trace(trace)
+        if trace is None or self.plan is None or not self._scalemoe.replans_every or self._asked:
+            return
+        self._asked = iteration
+        if self._leads:
+            slots = (self.plan.slots_per_rank - self.plan.homes_per_rank) * self.plan.num_ranks
+            options = ReplanOptions(
+                replicas=slots,
+                migrate=self._scalemoe.migrate,
+                time_budget_s=PLANNING_S,
+                seed=iteration,
+                policy=ReplanPolicy(),
+                unpaid_us=self._unpaid_us,
+            )
+            self._planner.submit(trace, self.plan, self._ports, self._cost, options)
+
+    def _take_plan(self, iteration: int) -> None:
+        """Put the plan in force that the planner has made, if it has."""
+        replan, state, why = None, _WAITING, ""
+        if self._leads:
+            try:
+                replan = self._planner.poll()
+                state = _WAITING if replan is None else _READY
+            except ScaleMoEError as error:
+                state, why = _FAILED, str(error)
+        shared = torch.tensor([state], device=torch.cuda.current_device())
+        dist.broadcast(shared, group_src=0, group=self._stage)
+        state = int(shared)
+        if state == _WAITING:
+            return
+        self._asked = 0
+        if state == _FAILED:
+            self._tell({"event": "planner failed", "iteration": iteration, "reason": why})
+            return
+        found = [replan]
+        dist.broadcast_object_list(found, group_src=0, group=self._stage)
+        self._follow(iteration, found[0])
+
+    def _follow(self, iteration: int, replan: Replan) -> None:
+        began = time.perf_counter()
+        done = not replan.changed or self.adopt(replan.plan)
+        took_s = time.perf_counter() - began
+        if not done:
+            return
+        if replan.moved_homes:
+            self._unpaid_us += took_s * 1e6
+            self._saving_us = replan.current_us - replan.planned_us
+        event = {"event": "replan", "iteration": iteration, "took_s": took_s, "reason": replan.reason}
+        names = ("moved_homes", "replicas_added", "replicas_removed", "current_us", "planned_us")
+        names += ("max_over_mean_before", "max_over_mean_after", "replica_us", "migration_us", "changed")
+        event |= {name: getattr(replan, name) for name in names}
+        self._tell(event)
+
+    def _save_trace(self, trace: RoutingTrace | None) -> None:
+        """Add to the file of recorded steps, if there is to be one. Collective over pipeline ranks."""
+        if not self._scalemoe.trace_path:
+            return
+        whole = whole_trace(trace, self._rows, self._num_rows)
+        if whole is None:
+            return
+        self._recorded = joined(self._recorded, whole, _MOST_RECORDED)
+        if dist.get_rank() == 0:
+            save_trace(self._recorded, Path(self._scalemoe.trace_path) / _TRACE_FILE, force=True)
+
+    def _tell(self, event: dict) -> None:
+        self.events.append(event)
+        if self._leads:
+            self._say(event_text(event))
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0

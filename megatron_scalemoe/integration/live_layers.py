@@ -1,0 +1,98 @@
+"""The MoE layers of a model under a plan: which row of the plan each one is, and what has to change in it when the plan does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+
+from megatron_scalemoe.dispatch.placed import LayerPlacement
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.integration.moe_layer import ScaleMoELayer
+from megatron_scalemoe.integration.replicas import LayerReplicas
+from megatron_scalemoe.plan import EMPTY, PlacementPlan
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LiveLayer:
+    """One of this rank's MoE layers. row: its row in plans of the whole model. index: its row in the plan of this pipeline stage."""
+
+    row: int
+    index: int
+    layer: ScaleMoELayer
+
+    @property
+    def experts(self):
+        return self.layer.experts
+
+    @property
+    def replicas(self) -> LayerReplicas | None:
+        return self.layer.experts.replicas
+
+    def apply(self, plan: PlacementPlan, node_of_rank_G: np.ndarray) -> None:
+        """Dispatch by this plan of the stage from now on, and make its replicas. The homes must be in place."""
+        experts, slots_P = self.experts, plan.physical_to_logical[self.index]
+        ranks, homes = plan.num_ranks, experts.num_local_experts
+        first = experts.ep_group.rank() * plan.slots_per_rank
+        assert experts.home_experts == tuple(slots_P[first : first + homes]), "homes must have moved before"
+        has_replicas = (slots_P != EMPTY).sum() > plan.num_logical_experts
+        if not has_replicas:
+            slots_P = slots_P.reshape(ranks, -1)[:, :homes].reshape(-1)  # no empty slots, no counts to gather
+        megatrons_own = not has_replicas and (slots_P == np.arange(plan.num_logical_experts)).all()
+        self.layer.token_dispatcher.set_placement(None if megatrons_own else LayerPlacement(slots_P, ranks, node_of_rank_G))
+        experts.set_replicas(slots_P if has_replicas else None)
+
+
+def moe_rows(config: TransformerConfig) -> list[int]:
+    """The layer numbers (from 1) of the MoE layers of the whole model, in order: the rows of its plans."""
+    frequency = config.moe_layer_freq
+    pattern = frequency if isinstance(frequency, list) else [int(i % frequency == 0) for i in range(config.num_layers)]
+    return [number for number, is_moe in enumerate(pattern, 1) if is_moe]
+
+
+def live_layers(model_chunks: Iterable[torch.nn.Module], config: TransformerConfig) -> list[LiveLayer]:
+    """This rank's MoE layers, in the order of the model. Raises `ScaleMoEError` if they are not ours."""
+    rows = {number: row for row, number in enumerate(moe_rows(config))}
+    layers = [module for chunk in unwrap_model(list(model_chunks)) for module in chunk.modules() if isinstance(module, ScaleMoELayer)]
+    unknown = [layer.layer_number for layer in layers if layer.layer_number not in rows]
+    if unknown:
+        raise ScaleMoEError("MoE layers beyond --num-layers, as in multi-token prediction, cannot be placed", found=f"layer {unknown[0]}")
+    in_order = sorted(layers, key=lambda layer: layer.layer_number)
+    return [LiveLayer(rows[layer.layer_number], index, layer) for index, layer in enumerate(in_order)]
+
+
+def return_gradients_before_reduction(model_chunks: Iterable[torch.nn.Module], layers: Iterable[LiveLayer]) -> None:
+    """Makes DDP ask the replicas for their gradients just before it scales and reduces those of the homes, whenever that is.
+
+    Raises `ScaleMoEError` for a model that Megatron's DistributedDataParallel does not wrap.
+    """
+    left = set(layers)
+    for chunk in model_chunks:
+        if not isinstance(chunk, DistributedDataParallel):
+            raise ScaleMoEError("replicas need Megatron's DistributedDataParallel", found=type(chunk).__name__)
+        for bucket_group in chunk.expert_parallel_bucket_groups:
+            inside = [live for live in layers if live.experts.fc1 in bucket_group.params or live.experts.fc2 in bucket_group.params]
+            bucket_group.start_grad_sync = _after_replicas(bucket_group.start_grad_sync, inside)
+            left -= set(inside)
+    assert not left, "every expert parameter is in a bucket"
+
+
+def send_replicas_ahead(layers: list[LiveLayer]) -> None:
+    """Lets each MoE layer send the next one's replicas when it is done, so that they travel during the attention in between."""
+    for live, following in zip(layers, layers[1:], strict=False):
+        live.layer.register_forward_hook(lambda *_, following=following: following.replicas and following.replicas.start() and None)
+
+
+def _after_replicas(start_grad_sync, layers: list[LiveLayer]):
+    def start(force_all_reduce: bool = False) -> None:
+        for live in layers:
+            if live.replicas is not None:
+                live.replicas.return_gradients()
+        start_grad_sync(force_all_reduce=force_all_reduce)
+
+    return start

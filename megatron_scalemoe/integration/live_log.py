@@ -1,0 +1,37 @@
+"""Live balance's events as log lines."""
+
+from __future__ import annotations
+
+
+def event_text(event: dict) -> str:
+    """One line for each event of `LiveBalance.events`."""
+    return f" scalemoe: {_TEXTS[event['event']](event)}"
+
+
+def _interval(event: dict) -> str:
+    return (
+        f"iterations {event['iteration'] - event['steps'] + 1} to {event['iteration']}: rank load max/mean {event['max_over_mean']:.3f}"
+        f" (p95 {event['max_over_mean_p95']:.3f}), step {event['step_ms']:.1f} ms, waiting for replicas {event['replica_ms']:.2f} ms,"
+        f" for replanning {event['exposed_ms']:.2f} ms a step"
+    )
+
+
+def _replan(event: dict) -> str:
+    if not event["changed"]:
+        return f"iteration {event['iteration']}: the plan stays: {event['reason']}"
+    return (
+        f"iteration {event['iteration']}: new plan: {event['moved_homes']} homes moved, {event['replicas_added']} replicas added,"
+        f" {event['replicas_removed']} removed in {event['took_s'] * 1e3:.0f} ms; expected: max/mean"
+        f" {event['max_over_mean_before']:.3f} -> {event['max_over_mean_after']:.3f}, MoE time of a step"
+        f" {event['current_us'] / 1e3:.2f} -> {event['planned_us'] / 1e3:.2f} ms, of which replicas {event['replica_us'] / 1e3:.2f} ms;"
+        f" {event['reason']}"
+    )
+
+
+_TEXTS = {
+    "interval": _interval,
+    "replan": _replan,
+    "planner failed": lambda event: f"iteration {event['iteration']}: no new plan, the old one stays: {event['reason']}",
+    "plan not resumed": lambda event: f"the checkpoint's plan is not resumed: {event['reason']}",
+    "migration failed": lambda event: f"no expert has moved, the old plan stays: {event['reason']}",
+}
