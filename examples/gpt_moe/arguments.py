@@ -123,7 +123,8 @@ def _add_run_flags(group) -> None:
     group.add_argument(
         "--data-path", nargs="+", help="text files or folders, read as bytes (default: the Python standard library's sources)"
     )
-    group.add_argument("--run-name", default=datetime.datetime.now().strftime("%Y%m%d-%H%M%S"), help="results go to runs/<name>")
+    group.add_argument("--run-name", default=datetime.datetime.now().strftime("%Y%m%d-%H%M%S"), help="results go to <results dir>/<name>")
+    group.add_argument("--results-dir", default="runs", help="where runs have their folders (default: runs)")
     group.add_argument("--save", help="checkpoint directory (default: runs/<name>/checkpoints)")
     group.add_argument("--save-interval", type=int, default=100)
     group.add_argument("--load", help="checkpoint directory to resume from")

@@ -17,17 +17,18 @@ from megatron_scalemoe.environment import describe_environment
 class RunLog:
     """Owns the run's directory, its TensorBoard writer and the progress bar. Only rank 0 writes; elsewhere every call does nothing."""
 
-    def __init__(self, args, directory: pathlib.Path, first_iteration: int):
+    def __init__(self, args, directory: pathlib.Path):
         self.directory = directory
         self.args = args
         self.is_first_rank = torch.distributed.get_rank() == 0
         self.history: list[dict] = []
+        self.events: list[dict] = []  # of live balance
         self.interval_start = time.perf_counter()
         self.writer = self.bar = None
         if self.is_first_rank:
             directory.mkdir(parents=True, exist_ok=True)
             self.writer = SummaryWriter(args.tensorboard_dir or str(directory / "tensorboard"))
-            self.bar = tqdm(total=args.train_iters, initial=first_iteration, unit="it", file=sys.stderr, mininterval=0.5)
+            self.bar = tqdm(total=args.train_iters, unit="it", file=sys.stderr, mininterval=0.5)
             self.write_json("config.json", {"args": _plain(vars(args)), "env": describe_environment(sys.argv)})
 
     def log_interval(
@@ -63,6 +64,13 @@ class RunLog:
             self.say(f" validation loss at iteration {iteration} | lm loss value: {loss:.6E}")
         self.interval_start = time.perf_counter()
 
+    def start(self, first_iteration: int) -> None:
+        """Training starts after this iteration."""
+        if self.is_first_rank:
+            self.bar.reset(total=self.args.train_iters)
+            self.bar.update(first_iteration)
+        self.restart_clock()
+
     def restart_clock(self) -> None:
         """Leave what happened since the last report out of the next one's speed."""
         self.interval_start = time.perf_counter()
@@ -76,6 +84,13 @@ class RunLog:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def say_from_any(self, text: str) -> None:
+        """As `say`, on whichever rank it is called."""
+        if self.is_first_rank:
+            self.say(text)
+        else:
+            print(text, flush=True)
+
     def write_json(self, name: str, content) -> None:
         if self.is_first_rank:
             temporary = self.directory / f".{name}.tmp"
@@ -83,7 +98,7 @@ class RunLog:
             temporary.replace(self.directory / name)
 
     def close(self) -> None:
-        self.write_json("train.json", {"history": self.history})
+        self.write_json("train.json", {"history": self.history, "events": self.events})
         if self.is_first_rank:
             self.bar.close()
             self.writer.close()

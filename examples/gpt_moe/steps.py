@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from data import BatchShape, batches
@@ -10,6 +11,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from model import Training
 from torch import Tensor
+
+from megatron_scalemoe.integration.sampler import SequencePlacement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Data:
     shape: BatchShape
     seed: int
     device: torch.device
+    placement: SequencePlacement | None = None  # of training sequences
 
 
 def train_step(training: Training, data: Data, iteration: int) -> tuple[float, float, bool]:
@@ -29,7 +33,8 @@ def train_step(training: Training, data: Data, iteration: int) -> tuple[float, f
     training.model.train()
     training.model.zero_grad_buffer()
     training.optimizer.zero_grad()
-    loss = _run(training, data, data.train, data.seed, iteration, forward_only=False)
+    micro_batches = batches(data.train, data.seed, iteration, data.shape, data.device, data.placement)
+    loss = _run(training, data, micro_batches, forward_only=False)
     updated, grad_norm, _ = training.optimizer.step()
     training.scheduler.step(increment=1)
     return loss, float(grad_norm), bool(updated)
@@ -39,13 +44,14 @@ def train_step(training: Training, data: Data, iteration: int) -> tuple[float, f
 def evaluate(training: Training, data: Data, iters: int) -> float:
     """Mean loss over `iters` validation batches, always the same ones."""
     training.model.eval()
-    return sum(_run(training, data, data.valid, data.seed + 1, i, forward_only=True) for i in range(iters)) / iters
+    losses = [_run(training, data, batches(data.valid, data.seed + 1, i, data.shape, data.device), forward_only=True) for i in range(iters)]
+    return sum(losses) / iters
 
 
-def _run(training: Training, data: Data, text: Tensor, seed: int, iteration: int, *, forward_only: bool) -> float:
+def _run(training: Training, data: Data, micro_batches: Iterator[dict[str, Tensor]], *, forward_only: bool) -> float:
     losses = get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=batches(text, seed, iteration, data.shape, data.device),
+        data_iterator=micro_batches,
         model=[training.model],
         num_microbatches=data.shape.num_micro_batches,
         seq_length=data.shape.seq_length,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import os
 import pathlib
@@ -21,6 +22,7 @@ from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.integration.agreement import check_ranks_agree
 from megatron_scalemoe.integration.checkpoint import check_checkpoint_support, load_checkpoint, save_checkpoint
 from megatron_scalemoe.integration.faults import naming_dead_ranks
+from megatron_scalemoe.integration.live import LiveBalance
 from megatron_scalemoe.integration.metrics import mean_aux_losses, mean_rank_load
 
 
@@ -31,10 +33,13 @@ def train(args: argparse.Namespace) -> None:
         data = make_data(args)
         training = build_training(args, args.scalemoe)
         check_checkpoint_support(training.optimizer)
-        first = load(args, training)
-        log = RunLog(args, pathlib.Path("runs") / args.run_name, first)
+        log = RunLog(args, pathlib.Path(args.results_dir) / args.run_name)
+        live = live_balance(args, training, data, log)
+        if live is not None and live.sequences is not None:
+            data = dataclasses.replace(data, placement=live.sequences.placement)
+        first = load(args, training, live)
         save_to = args.save or str(log.directory / "checkpoints")
-        train_loop(args, training, data, log, first, save_to)
+        train_loop(args, training, live, data, log, first, save_to)
         table = ""
         if args.compare_iters:
             table = compare_dispatchers(args, data, save_to, log)
@@ -90,7 +95,15 @@ def make_data(args: argparse.Namespace) -> Data:
     return Data(train_text, valid_text, shape, args.seed, device)
 
 
-def load(args: argparse.Namespace, training: Training) -> int:
+def live_balance(args: argparse.Namespace, training: Training, data: Data, log: RunLog) -> LiveBalance | None:
+    """What moves experts and replicas while the model trains; None with stock Megatron."""
+    if args.scalemoe is None:
+        return None
+    sizes = {"micro_batches": data.shape.num_micro_batches, "micro_batch_size": data.shape.micro_batch_size}
+    return LiveBalance([training.model], training.optimizer, training.config, args.scalemoe, **sizes, say=log.say_from_any)
+
+
+def load(args: argparse.Namespace, training: Training, live: LiveBalance | None) -> int:
     """Resume from `--load` and return the iteration to continue from, 0 for a fresh run or with `--no-load-optim`."""
     if args.load is None:
         return 0
@@ -102,17 +115,21 @@ def load(args: argparse.Namespace, training: Training) -> int:
         iteration=args.ckpt_step,
         weights_only=args.no_load_optim,
     )
+    if live is not None:
+        live.resume(loaded.path)
     if torch.distributed.get_rank() == 0:
         print(f" loaded checkpoint from {args.load} at iteration {loaded.iteration}", flush=True)
     return 0 if args.no_load_optim else loaded.iteration
 
 
-def train_loop(args, training: Training, data: Data, log: RunLog, first: int, save_to: str) -> None:
+def train_loop(args, training: Training, live: LiveBalance | None, data: Data, log: RunLog, first: int, save_to: str) -> None:
     """Train from iteration `first` to `--train-iters`, with reports, evaluation and checkpoints at their intervals."""
     skipped, losses = 0, []
-    log.restart_clock()
+    log.start(first)
     for iteration in range(first + 1, args.train_iters + 1):
         loss, grad_norm, updated = train_step(training, data, iteration)
+        if live is not None:
+            live.step_done(iteration)
         losses.append(loss)
         skipped += not updated
         last = iteration == args.train_iters
@@ -125,8 +142,12 @@ def train_loop(args, training: Training, data: Data, log: RunLog, first: int, sa
         if iteration % args.eval_interval == 0 or last:
             log.log_validation(iteration, evaluate(training, data, args.eval_iters))
         if iteration % args.save_interval == 0 or last:
-            save_checkpoint(save_to, iteration, [training.model], training.optimizer, training.scheduler)
+            files = live.checkpoint_files() if live is not None else {}
+            save_checkpoint(save_to, iteration, [training.model], training.optimizer, training.scheduler, files=files)
             log.restart_clock()
+    if live is not None:
+        live.close()
+        log.events = live.events
 
 
 def _summary(args: argparse.Namespace, log: RunLog, save_to: str, table: str) -> str:

@@ -33,8 +33,8 @@ _OPTIMIZER_PARTS = "optimizer_parts"  # beside the checkpoint's own nesting of t
 
 @dataclasses.dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What `load_checkpoint` found: the iteration, its directory, the caller's `extra` values, and whether the generators continue as in the
-    saved run."""
+    """What `load_checkpoint` found: the iteration, its directory, the caller's `extra` values, and whether the generators continue as in
+    the saved run."""
 
     iteration: int
     path: Path

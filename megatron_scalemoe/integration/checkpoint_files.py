@@ -91,7 +91,7 @@ def start_writing(directory: Path, iteration: int) -> Path:
 
 
 def publish(written: Path, directory: Path, iteration: int, files: Mapping[str, str]) -> Path:
-    """Make a complete checkpoint, with these files beside it, the latest one: on disk first, then under its name, then in the tracker file."""
+    """Make a complete checkpoint the latest one: on disk first, then under its name, then in the tracker file. `files` lie beside it."""
     for name, text in files.items():
         (written / name).write_text(text)
     for file in written.rglob("*"):

@@ -53,7 +53,7 @@ class ScaleMoEGroupedMLP(MegatronModule):
             parameter.allreduce = config.expert_model_parallel_size == 1  # False: gradients are averaged over expert-data-parallel ranks
 
     def set_replicas(self, slots_P: np.ndarray | None) -> None:
-        """Compute the replicas that this rank has in these slots (int [P], of one layer), or none. All ranks of the layer call it together."""
+        """Compute the replicas that this rank has in these slots (int [P], of one layer), or none. All ranks call it together."""
         self.replicas = None
         if slots_P is not None:
             self.replicas = LayerReplicas(self.fc1, self.fc2, slots_P, self.ep_group, self._count_replica_time)
@@ -67,17 +67,18 @@ class ScaleMoEGroupedMLP(MegatronModule):
         tokens_per_expert: int [L], on any device; with replicas int [slots of this rank] on the host, homes first.
         """
         if self.replicas is None:
-            return self._compute(x_RD, tokens_per_expert, probs_R, self.fc1, self.fc2), None
+            return self.compute(x_RD, tokens_per_expert, probs_R, self.fc1, self.fc2), None
         fc1, fc2, copied_fc1, copied_fc2 = self.replicas.with_gradients()
         at_home, copied = tokens_per_expert[: self.num_local_experts], tokens_per_expert[self.num_local_experts :]
         num_rows = int(at_home.sum())
-        y_RD = self._compute(x_RD[:num_rows], at_home, probs_R[:num_rows], fc1, fc2)
+        y_RD = self.compute(x_RD[:num_rows], at_home, probs_R[:num_rows], fc1, fc2)
         if not len(self.replicas.replica_slots):
             return y_RD, None
         of_copies = copied[torch.from_numpy(self.replicas.replica_slots)]
-        return torch.cat([y_RD, self._compute(x_RD[num_rows:], of_copies, probs_R[num_rows:], copied_fc1, copied_fc2)]), None
+        return torch.cat([y_RD, self.compute(x_RD[num_rows:], of_copies, probs_R[num_rows:], copied_fc1, copied_fc2)]), None
 
-    def _compute(self, x_RD: Tensor, tokens_per_expert: Tensor, probs_R: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+    def compute(self, x_RD: Tensor, tokens_per_expert: Tensor, probs_R: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+        """Outputs [R, D] of experts with these stacked weights."""
         offsets_L = tokens_per_expert.to(x_RD.device, non_blocking=True).cumsum(0, dtype=torch.int32)
         probs_R1 = probs_R.unsqueeze(-1)
         if self.config.moe_apply_probs_on_input:

@@ -25,6 +25,7 @@ from megatron_scalemoe.integration.calibrate import group_ports, measured_cost
 from megatron_scalemoe.integration.live_figures import StepFigures
 from megatron_scalemoe.integration.live_layers import live_layers, moe_rows, return_gradients_before_reduction, send_replicas_ahead
 from megatron_scalemoe.integration.live_log import event_text
+from megatron_scalemoe.integration.live_sequences import LiveSequences
 from megatron_scalemoe.integration.migration import migrate_homes
 from megatron_scalemoe.integration.recorder import RoutingRecorder, joined, whole_trace
 from megatron_scalemoe.placement.background import BackgroundPlanner
@@ -45,6 +46,7 @@ class LiveBalance:
 
     All ranks make it after the model and its optimizer, before the first step; call `step_done` after every optimizer step and `close` at
     the end. `say` gets the log lines, on the first rank of the stage. events: what was said, as dictionaries for a JSON file.
+    sequences: with `--scalemoe-sequence-placement`, what the data loader has to ask.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class LiveBalance:
         scalemoe: ScaleMoEConfig,
         *,
         micro_batches: int,
+        micro_batch_size: int | None = None,
         say: Callable[[str], None] = print,
     ):
         self._optimizer, self._scalemoe, self._micro_batches, self._say = optimizer, scalemoe, micro_batches, say
@@ -77,13 +80,18 @@ class LiveBalance:
         )
         self._figures = StepFigures(self.layers)
         self._places = scalemoe.places_experts and ranks > 1
-        self._interval = scalemoe.replans_every or (DEFAULT_REPLAN_INTERVAL if scalemoe.trace_path else 0)
+        observes = scalemoe.trace_path or scalemoe.sequence_placement != "none"
+        self._interval = scalemoe.replans_every or (DEFAULT_REPLAN_INTERVAL if observes else 0)
         if self._places and self.layers:
             whole = live_plans.start_plan(scalemoe, self._num_rows, ranks, experts)
             self._make_placeable(model_chunks, config)
             spare = whole.slots_per_rank - whole.homes_per_rank
             self.plan = PlacementPlan.contiguous(len(self.layers), ranks, experts, replica_slots_per_rank=spare)
             self.adopt(live_plans.stage_plan(whole, self._rows))
+        self.sequences: LiveSequences | None = None
+        if scalemoe.sequence_placement == "affinity":
+            sizes = {"micro_batches": micro_batches, "micro_batch_size": micro_batch_size}
+            self.sequences = LiveSequences(model_chunks, self.layers, config, self._num_rows, **sizes)
 
     @property
     def _rows(self) -> list[int]:
@@ -128,6 +136,8 @@ class LiveBalance:
             self._take_plan(iteration)
         if self._interval and iteration % self._interval == 0:
             self._end_interval(iteration)
+        if self.sequences is not None:
+            self.sequences.start_step(iteration + 1)
         self._figures.add_exposed(time.perf_counter() - began)
 
     def replan_now(self, iteration: int) -> None:
@@ -146,7 +156,7 @@ class LiveBalance:
         statistics = {"schema_version": SCHEMA_VERSION, "unpaid_us": self._unpaid_us, "events": self.events[-_EVENTS_KEPT:]}
         files = {STATISTICS_FILE: json.dumps(statistics, indent=1)}
         if self._places:
-            files[PLAN_FILE] = format_plan(live_plans.whole_plan(self.plan, self._rows, self._num_rows))
+            files[PLAN_FILE] = format_plan(self._whole_plan())
         return files
 
     def resume(self, checkpoint: Path) -> None:
@@ -169,10 +179,17 @@ class LiveBalance:
         if self._planner is not None:
             self._planner.close()
 
+    def _whole_plan(self) -> PlacementPlan:
+        """Of all pipeline stages. Collective over pipeline ranks."""
+        if not self._places:
+            return PlacementPlan.contiguous(self._num_rows, *self._ranks_and_experts)
+        return live_plans.whole_plan(self.plan, self._rows, self._num_rows)
+
     def _end_interval(self, iteration: int) -> None:
         """Tell how the last interval went, and ask for the next plan."""
+        of_sequences = self.sequences.update(self._whole_plan()) if self.sequences is not None else {}
         if self.layers:
-            event = self._figures.gather(iteration)
+            event = self._figures.gather(iteration) | of_sequences
             self._tell(event)
             self._unpaid_us = max(0.0, self._unpaid_us - event["steps"] * self._saving_us)
         trace = self._recorder.gather()

@@ -1,4 +1,4 @@
-"""What live balance did to the steps, measured: load of the ranks step by step, time of a step, time spent on replicas and on replanning."""
+"""What live balance did to the steps, measured: load of ranks step by step, time of a step, time spent on replicas and replanning."""
 
 from __future__ import annotations
 

@@ -12,8 +12,16 @@ def _interval(event: dict) -> str:
     return (
         f"iterations {event['iteration'] - event['steps'] + 1} to {event['iteration']}: rank load max/mean {event['max_over_mean']:.3f}"
         f" (p95 {event['max_over_mean_p95']:.3f}), step {event['step_ms']:.1f} ms, waiting for replicas {event['replica_ms']:.2f} ms,"
-        f" for replanning {event['exposed_ms']:.2f} ms a step"
+        f" for replanning {event['exposed_ms']:.2f} ms a step{_local_share(event)}"
     )
+
+
+def _local_share(event: dict) -> str:
+    if event.get("local_share") is None:
+        return ""
+    share, uniform = event["local_share"], event["uniform_share"]
+    placing = f", placing sequences {event['placing_ms']:.2f} ms a step" if "placing_ms" in event else ", sequences not placed yet"
+    return f"; local share {share:.3f}, {share / uniform:.2f} x uniform{placing}"
 
 
 def _replan(event: dict) -> str:

@@ -27,8 +27,9 @@ from megatron_scalemoe.plan import EMPTY
 class LayerReplicas:
     """Owns the copies that this rank holds of other ranks' experts under one layer's slots (int [P]), and their gradients.
 
-    The copies are valid from `weights` until `return_gradients`; then `renew` must come, once the optimizer has changed the parameters. All ranks
-    of `group` call each method together. `count_time` is told how many seconds this rank waited for parameters or gradients (host's clock).
+    The copies are valid from `weights` until `return_gradients`; then `renew` must come, once the optimizer has changed the parameters. All
+    ranks of `group` call each method together. `count_time` is told how many seconds this rank waited for parameters or gradients, on the
+    host's clock.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ def _dispatch_problems(megatron: TransformerConfig, scalemoe: ScaleMoEConfig) ->
     if scalemoe.dispatch == "padded" and megatron.moe_pad_expert_input_to_capacity:
         yield "--scalemoe-dispatch padded with --moe-pad-expert-input-to-capacity pads twice: remove one of them"
     if scalemoe.replicas and scalemoe.replicas % ep:
-        yield f"--scalemoe-replicas {scalemoe.replicas} is not a multiple of --expert-model-parallel-size {ep}: every rank gets as many slots"
+        yield f"--scalemoe-replicas {scalemoe.replicas} is not a multiple of --expert-model-parallel-size {ep}: all ranks get equally many"
     if scalemoe.replicas and experts is not None and scalemoe.replicas // ep > experts - experts // ep:
         yield f"--scalemoe-replicas {scalemoe.replicas}: a rank holds no expert twice, so that {ep * (experts - experts // ep)} is the most"
 

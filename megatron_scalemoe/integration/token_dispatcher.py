@@ -21,7 +21,7 @@ from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
 def make_dispatcher(
     megatron: TransformerConfig, scalemoe: ScaleMoEConfig, pg_collection: ProcessGroupCollection, placement: LayerPlacement | None = None
 ) -> Dispatcher:
-    """The dispatcher that fits the groups: local on one rank, otherwise the one that `scalemoe` names; under a placement, if there is one."""
+    """The dispatcher that fits the groups: local on one rank, otherwise the one that `scalemoe` names; under a placement, if given."""
     if pg_collection.tp_ep.size() == 1:
         return LocalDispatcher()
     if scalemoe.dispatch == "padded":

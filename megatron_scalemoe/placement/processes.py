@@ -95,7 +95,7 @@ def _forked(job: Job, count: int, deadline: float, processes: int) -> Iterator[t
 
 
 def _work(job: Job, indices: range, deadline: float, pipe: Connection) -> None:
-    _use_one_blas_thread()
+    use_one_blas_thread()
     try:
         for index, result in _here(job, indices, deadline):
             pipe.send((index, result))
@@ -106,7 +106,7 @@ def _work(job: Job, indices: range, deadline: float, pipe: Connection) -> None:
         pipe.send((-1, error))
 
 
-def _use_one_blas_thread() -> None:
+def use_one_blas_thread() -> None:
     """The processes use all cores: BLAS threads of each would wait for one another, spinning (measured: half the search is lost).
 
     Does what the package threadpoolctl does for OpenBLAS, which the wheels of numpy and scipy bring, each its own under such names.

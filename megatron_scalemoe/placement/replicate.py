@@ -19,7 +19,7 @@ from megatron_scalemoe.placement.problem import LayerProblem, Solution
 from megatron_scalemoe.placement.replicate_drift import plausible_loads
 from megatron_scalemoe.placement.replicate_polish import polish
 from megatron_scalemoe.placement.replicate_search import improve
-from megatron_scalemoe.placement.replicate_start import balanced_homes, chained_replicas, packed_replicas
+from megatron_scalemoe.placement.replicate_start import balanced_homes, chained_replicas, packed_beside_homes, packed_replicas
 from megatron_scalemoe.split import balanced_max_load, balanced_shares
 
 # Loads that a placement is judged by, and rounds of the search: 16 ranks x 32 experts get all, more experts fewer, as each takes longer.
@@ -37,14 +37,23 @@ _CHEAP = 0.002
 _DROPS = 100
 
 
-def add_replicas(problem: LayerProblem, home_rank_E: np.ndarray, *, rng: np.random.Generator, deadline: float) -> Solution:
-    """Adds up to `problem.replicas` replicas to the homes (int [E]), and improves both.
+def add_replicas(
+    problem: LayerProblem,
+    home_rank_E: np.ndarray,
+    *,
+    rng: np.random.Generator,
+    deadline: float,
+    fixed_homes: bool = False,
+    old: Solution | None = None,
+) -> Solution:
+    """Adds up to `problem.replicas` replicas to the homes (int [E]), and improves both; with `fixed_homes` the homes stay.
 
     The judge is `solution_cost` of the mean traffic, split as the runtime does, the price of the replicas included, plus what the largest
     rank load grows by over the recorded steps and plausible drift (`replicate_drift`). It picks the best of several constructions
     (`replicate_start`), or no replicas at all; then homes and replicas are improved together, first for balance (`replicate_search`), then
     for cost (`replicate_polish`), and replicas that do not pay are dropped. By this judge the result is never worse than the homes alone.
 
+    old: a placement with these homes, where the search may start as well.
     Deterministic for `rng`, unless `deadline`, a `time.monotonic()` value, cuts it short.
     """
     bare = Solution.without_replicas(np.asarray(home_rank_E, dtype=np.int64), problem.num_ranks)
@@ -54,10 +63,13 @@ def add_replicas(problem: LayerProblem, home_rank_E: np.ndarray, *, rng: np.rand
     loads_BE, weight_B = plausible_loads(problem.traffic.loads, max(FEWEST_CASES, round(CASES * effort)), rng)
     judge = _judge(problem, bare, loads_BE, weight_B)
     limits = {"replicas": problem.replicas, "per_rank": problem.replica_slots_per_rank, "rng": rng, "deadline": deadline}
+    limits["fixed_homes"] = fixed_homes
     draws, trials = max(FEWEST_DRAWS, round(DRAWS * effort)), round(TRIALS * effort**2)
-    balanced = improve(_best_start(judge, bare, deadline), loads_BE, weight_B, judge.cost_us, draws=draws, **limits)
+    best_start = _best_start(judge, bare, old, deadline, fixed_homes)
+    balanced = improve(best_start, loads_BE, weight_B, judge.cost_us, draws=draws, **limits)
     polished = [balanced]
-    for start in (balanced, eplb_shaped(problem)):
+    packed = _packed(problem, bare)[-1:] if fixed_homes else [eplb_shaped(problem)]
+    for start in (balanced, *packed, *([old] if old else [])):
         if time.monotonic() < deadline and judge.cost_us(start) < math.inf:
             polished.append(polish(start, judge.plain_us, judge.cost_us, trials=trials, **limits))
     return _without_unpaid(judge, min(polished, key=judge.cost_us), deadline)
@@ -106,7 +118,7 @@ def _judge(problem: LayerProblem, bare: Solution, loads_BE: np.ndarray, weight_B
     return _Judge(problem, loads_BE, weight_B, bare_us / float((problem.load @ bare.hosts).max()), bare_us)
 
 
-def _best_start(judge: _Judge, bare: Solution, deadline: float) -> Solution:
+def _best_start(judge: _Judge, bare: Solution, old: Solution | None, deadline: float, fixed_homes: bool) -> Solution:
     problem = judge.problem
     load_E = problem.load
     ranks, per_rank, replicas = problem.num_ranks, problem.replica_slots_per_rank, problem.replicas
@@ -118,8 +130,13 @@ def _best_start(judge: _Judge, bare: Solution, deadline: float) -> Solution:
     def packed(number: int) -> Solution:
         return packed_replicas(load_E, ranks=ranks, replicas=number, per_rank=per_rank)
 
-    starts = judge.costs([bare], deadline) + judge.costs([packed(replicas), eplb_shaped(problem)], deadline)
-    kinds = [(homes_E, own_node) for homes_E in (bare.home_rank, balanced_homes(load_E, ranks)) for own_node in (True, False)]
+    starts = judge.costs([bare, *([old] if old else [])], deadline)
+    if fixed_homes:
+        homes, packed_starts = [bare.home_rank], _packed(problem, bare)
+    else:
+        homes, packed_starts = [bare.home_rank, balanced_homes(load_E, ranks)], [packed(replicas), eplb_shaped(problem)]
+    starts += judge.costs(packed_starts, deadline)
+    kinds = [(homes_E, own_node) for homes_E in homes for own_node in (True, False)]
     full = judge.costs((chained(*kind) for kind in kinds), deadline)
     number = min(range(len(full)), key=lambda i: full[i][0])
     full_us, best_full = full[number]
@@ -129,9 +146,16 @@ def _best_start(judge: _Judge, bare: Solution, deadline: float) -> Solution:
     targets = [target for target in _TARGETS if expensive or target < reached]
     if time.monotonic() < deadline:
         starts += judge.costs((chained(*kinds[number], target) for target in targets), deadline)
-    if expensive and time.monotonic() < deadline:
+    if expensive and not fixed_homes and time.monotonic() < deadline:
         starts += judge.costs((packed(int(replicas * part)) for part in _PARTS), deadline)
     return min(starts + full, key=lambda start: start[0])[1]
+
+
+def _packed(problem: LayerProblem, bare: Solution) -> list[Solution]:
+    """Replicas beside fixed homes, evenly packed: inside the nodes of their homes, then anywhere."""
+    limits = {"replicas": problem.replicas, "per_rank": problem.replica_slots_per_rank}
+    node_G = problem.ports.node_of_rank
+    return [packed_beside_homes(problem.load, bare.home_rank, node_G, own_node=own_node, **limits) for own_node in (True, False)]
 
 
 def _without_unpaid(judge: _Judge, solution: Solution, deadline: float) -> Solution:

@@ -15,19 +15,28 @@ from megatron_scalemoe.plan import EMPTY
 
 
 def draw_moves(
-    solution: Solution, cuts_BG: np.ndarray, weight_B: np.ndarray, number: int, *, replicas: int, per_rank: int, rng: np.random.Generator
+    solution: Solution,
+    cuts_BG: np.ndarray,
+    weight_B: np.ndarray,
+    number: int,
+    *,
+    replicas: int,
+    per_rank: int,
+    rng: np.random.Generator,
+    fixed_homes: bool = False,
 ) -> np.ndarray:
     """int64 [M, 6], M at most `number`: random moves that may take load out of the cuts.
 
     cuts_BG: bool, the ranks that cause the largest load of each case. weight_B: how often each cut is worked on; 0 for cuts of all ranks.
+    fixed_homes: only moves of replicas, which leave all homes where they are.
     """
     experts, ranks = solution.hosts.shape
     homes, copies = _homes_by_rank(solution.home_rank, ranks), _replicas_by_rank(solution, per_rank)
     cut_MG = cuts_BG[rng.choice(weight_B.size, number, p=weight_B / weight_B.sum())]
     inside = np.where(cut_MG, rng.random(cut_MG.shape), -1).argmax(axis=1)
     outside = np.where(cut_MG, -1, rng.random(cut_MG.shape)).argmax(axis=1)
-    third = number // 3
-    swaps, slots, gifts = slice(0, third), slice(third, 2 * third), slice(2 * third, None)
+    kinds = [0, number // 2, number] if fixed_homes else [number // 3, 2 * (number // 3), number]
+    swaps, slots, gifts = slice(0, kinds[0]), slice(kinds[0], kinds[1]), slice(kinds[1], None)
 
     def pick(table: np.ndarray, rank: np.ndarray) -> np.ndarray:
         return table[rank, rng.integers(table.shape[1], size=rank.size)]

@@ -27,17 +27,20 @@ def polish(
     trials: int,
     rng: np.random.Generator,
     deadline: float,
+    fixed_homes: bool = False,
 ) -> Solution:
     """The placement after `trials` random moves, of which those are kept that lower both costs.
 
     plain_us: cost of the mean traffic, the quicker one. cost_us: with what drift adds. deadline: a `time.monotonic()` value.
+    fixed_homes: only replicas move.
     """
     best, best_plain_us, best_us = start, plain_us(start), cost_us(start)
     ranks = start.hosts.shape[1]
     each_rank_GG, weight_G = np.eye(ranks, dtype=bool), np.ones(ranks)
     tried_moves = 0
     while ranks > 1 and tried_moves < trials:
-        moves = draw_moves(best, each_rank_GG, weight_G, _MOVES_PER_DRAW, replicas=replicas, per_rank=per_rank, rng=rng)
+        limits = {"replicas": replicas, "per_rank": per_rank, "fixed_homes": fixed_homes}
+        moves = draw_moves(best, each_rank_GG, weight_G, _MOVES_PER_DRAW, rng=rng, **limits)
         tried_moves += _MOVES_PER_DRAW - len(moves)
         for move in moves:
             if time.monotonic() > deadline:

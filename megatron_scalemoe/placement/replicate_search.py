@@ -40,10 +40,11 @@ def improve(
     draws: int,
     rng: np.random.Generator,
     deadline: float,
+    fixed_homes: bool = False,
 ) -> Solution:
     """The best placement found, by `cost_us(placement, weighted mean of the largest rank load)`, in `draws` rounds of moves.
 
-    replicas, per_rank: how many are allowed in total and on a rank. deadline: a `time.monotonic()` value.
+    replicas, per_rank: how many are allowed in total and on a rank. deadline: a `time.monotonic()` value. fixed_homes: only replicas move.
     """
     best = start
     largest_B, cuts_BG = balanced_max_load(loads_BE, best.hosts)
@@ -54,7 +55,8 @@ def improve(
         smallest_gain = SMALLEST_GAIN * value
         if idle >= PATIENCE or above_B.sum() < smallest_gain or time.monotonic() > deadline:
             break
-        moves = draw_moves(best, cuts_BG, above_B, MOVES_PER_DRAW, replicas=replicas, per_rank=per_rank, rng=rng)
+        limits = {"replicas": replicas, "per_rank": per_rank, "fixed_homes": fixed_homes}
+        moves = draw_moves(best, cuts_BG, above_B, MOVES_PER_DRAW, rng=rng, **limits)
         bound_M = lower_bounds(best, moves, pool_KG, loads_BE, weight_B)
         if not moves.size or bound_M.min() >= value - smallest_gain:
             idle += 1

@@ -87,6 +87,28 @@ def packed_replicas(load_E: np.ndarray, *, ranks: int, replicas: int, per_rank: 
     return Solution(home_rank_E, hosts_EG)
 
 
+def packed_beside_homes(
+    load_E: np.ndarray, home_rank_E: np.ndarray, node_of_rank_G: np.ndarray, *, replicas: int, per_rank: int, own_node: bool
+) -> Solution:
+    """As `packed_replicas`, but all homes stay where they are. own_node: only ranks in the node of the expert's home take its replicas."""
+    ranks = node_of_rank_G.size
+    solution = Solution.without_replicas(home_rank_E, ranks)
+    more_E = copies_by_load(load_E, replicas, ranks) - 1
+    per_copy_E = load_E / (more_E + 1)
+    load_G, free_G = np.bincount(home_rank_E, per_copy_E, ranks), np.full(ranks, per_rank)
+    heaviest_first = np.argsort(-np.repeat(per_copy_E, more_E), kind="stable")
+    for expert in np.repeat(np.arange(load_E.size), more_E)[heaviest_first]:
+        can_G = (free_G > 0) & ~solution.hosts[expert]
+        if own_node:
+            can_G &= node_of_rank_G == node_of_rank_G[home_rank_E[expert]]
+        if can_G.any():
+            rank = int(np.where(can_G, load_G, np.inf).argmin())
+            solution.hosts[expert, rank] = True
+            free_G[rank] -= 1
+            load_G[rank] += per_copy_E[expert]
+    return solution
+
+
 def copies_by_load(load_E: np.ndarray, replicas: int, ranks: int) -> np.ndarray:
     """int64 [E]: copies of each expert: one each, then one more of whichever has the largest load a copy (at most one a rank)."""
     copies_E = np.ones(load_E.size, dtype=np.int64)

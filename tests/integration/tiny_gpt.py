@@ -33,6 +33,7 @@ class Setup:
     ep: int = 1
     tp: int = 1
     pp: int = 1
+    expert_tp: int = 1
     dispatcher: str = "alltoall"
     distributed_optimizer: bool = False
     overlap: bool = False
@@ -41,6 +42,12 @@ class Setup:
     recompute: bool = False
     shared_expert: bool = False
     scalemoe_experts: str | None = None  # with a value: ScaleMoE's layers with these experts, instead of stock Megatron's
+    scalemoe: ScaleMoEConfig | None = None  # the same with any options
+    micro_batches: int = 2
+    capacity_factor: float | None = None
+
+    def with_options(self, **options) -> Setup:
+        return dataclasses.replace(self, **options)
     seed: int = 1
     experts: int = 8
 
@@ -50,7 +57,7 @@ class Training:
 
     def __init__(self, setup: Setup):
         self.setup = setup
-        initialize(setup.tp, setup.ep, expert_tp=1, pp=setup.pp)
+        initialize(setup.tp, setup.ep, expert_tp=setup.expert_tp, pp=setup.pp)
         torch.manual_seed(setup.seed)
         model_parallel_cuda_manual_seed(setup.seed, force_reset_rng=True)
         self.config = _config(setup)
@@ -71,11 +78,11 @@ class Training:
         samples = GLOBAL_BATCH // parallel_state.get_data_parallel_world_size()
         reduced = get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=_micro_batches(self.step),
+            data_iterator=_micro_batches(self.step, self.setup.micro_batches),
             model=[self.model],
-            num_microbatches=2,
+            num_microbatches=self.setup.micro_batches,
             seq_length=SEQUENCE,
-            micro_batch_size=samples // 2,
+            micro_batch_size=samples // self.setup.micro_batches,
             forward_only=False,
         )
         self.optimizer.step()
@@ -102,11 +109,13 @@ def _config(setup: Setup) -> TransformerConfig:
         ffn_hidden_size=64,
         num_moe_experts=setup.experts,
         moe_router_topk=2,
+        moe_expert_capacity_factor=setup.capacity_factor,
         moe_router_load_balancing_type="none",  # the aux loss is one of a rank's own tokens, so it depends on the layout
         moe_token_dispatcher_type=setup.dispatcher,
         tensor_model_parallel_size=setup.tp,
         pipeline_model_parallel_size=setup.pp,
         expert_model_parallel_size=setup.ep,
+        expert_tensor_parallel_size=setup.expert_tp,
         sequence_parallel=setup.tp > 1,
         hidden_dropout=setup.dropout,
         attention_dropout=setup.dropout,
@@ -121,8 +130,8 @@ def _config(setup: Setup) -> TransformerConfig:
 
 def _model(config: TransformerConfig, setup: Setup) -> DistributedDataParallel:
     spec = with_sequence_parallel_norm(get_gpt_decoder_block_spec(config, use_transformer_engine=False))
-    if setup.scalemoe_experts:
-        spec = use_scalemoe(spec, ScaleMoEConfig(experts=setup.scalemoe_experts))
+    if setup.scalemoe or setup.scalemoe_experts:
+        spec = use_scalemoe(spec, setup.scalemoe or ScaleMoEConfig(experts=setup.scalemoe_experts))
     stage = dict(pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage())
     model = GPTModel(config, spec, VOCABULARY, SEQUENCE, position_embedding_type="rope", share_embeddings_and_output_weights=True, **stage)
     if setup.bf16:
@@ -150,14 +159,14 @@ def _optimizer_config(setup: Setup) -> OptimizerConfig:
     )
 
 
-def _micro_batches(step: int):
-    """This data-parallel rank's two micro-batches of a step: [samples, SEQUENCE + 1] tokens of a learnable pattern."""
+def _micro_batches(step: int, number: int):
+    """This data-parallel rank's micro-batches of a step: [samples, SEQUENCE + 1] tokens of a learnable pattern."""
     generator = torch.Generator().manual_seed(1000 + step)
     start = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, 1), generator=generator)
     stride = torch.randint(1, 4, (GLOBAL_BATCH, 1), generator=generator)
     tokens = (start + stride * torch.arange(SEQUENCE + 1)) % VOCABULARY
     mine = tokens.chunk(parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()]
-    return iter(mine.chunk(2))
+    return iter(mine.chunk(number))
 
 
 def _forward_step(micro_batches, model):
