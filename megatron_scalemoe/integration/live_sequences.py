@@ -1,0 +1,61 @@
+"""Sequence placement in a live run: learns which experts tokens choose, and tells `SequencePlacement`, with the plan in force."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.integration.affinity import AffinityLearner
+from megatron_scalemoe.integration.live_layers import LiveLayer
+from megatron_scalemoe.integration.sampler import SequencePlacement, megatron_layout
+from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.traffic.affinity import AffinityTable
+
+# Of what was learnt before, at each update: routing drifts.
+_KEEP = 0.5
+
+
+class LiveSequences:
+    """Owns the learner and its table. placement: what the data loader asks, on every rank of the job."""
+
+    def __init__(
+        self,
+        model_chunks: list[torch.nn.Module],
+        layers: list[LiveLayer],
+        config: TransformerConfig,
+        num_rows: int,
+        *,
+        micro_batches: int,
+        micro_batch_size: int | None,
+    ):
+        if micro_batch_size is None or len(model_chunks) > 1:
+            problem = "--scalemoe-sequence-placement needs the micro-batch size, and a pipeline that is not interleaved"
+            raise ScaleMoEError(problem, found=f"micro-batch size {micro_batch_size}, {len(model_chunks)} model chunks")
+        model = unwrap_model(model_chunks)[0]
+        owner = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0
+        owner = owner and parallel_state.get_context_parallel_rank() == 0
+        self.placement = SequencePlacement(megatron_layout(micro_batches, micro_batch_size), group=dist.group.WORLD, owner=owner)
+        self._table = AffinityTable.empty(model.vocab_size, num_rows, config.num_moe_experts, config.moe_router_topk)
+        self._learner = AffinityLearner(model, {live.row: live.layer.router for live in layers}, self._table)
+
+    def start_step(self, iteration: int) -> None:
+        """Call before each training step."""
+        self._learner.start_step(iteration)
+
+    def update(self, plan: PlacementPlan) -> dict:
+        """Place by what was learnt until now, and by this plan of the whole model. Figures since the last update. Collective over all."""
+        report = self.placement.report
+        figures = {"local_share": self._learner.measured_share(dist.group.WORLD), "uniform_share": 1 / plan.num_ranks}
+        if report is not None:
+            figures |= {"moved_sequences": report.moved_sequences, "placing_ms": report.time_s * 1e3}
+        self._table = self._learner.sync(self._table, dist.group.WORLD, keep=_KEEP)
+        self._learner.set_plan(plan)
+        self.placement.use(plan, self._table)
+        return figures
+
+    def close(self) -> None:
+        self._learner.close()

@@ -1,0 +1,236 @@
+"""Training runs: what `examples/gpt_moe/pretrain_gpt.py` leaves in a run's folder, and the figures that tell one run from another."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.files import Document, read_document
+
+CONFIG_FILE, HISTORY_FILE = "config.json", "train.json"
+# Options that may differ between runs of the same model on the same data; so may ours, whose names begin with scalemoe.
+_FREE = {"config", "run_name", "results_dir", "save", "save_interval", "tensorboard_dir", "eval_interval", "eval_iters", "compare_iters"}
+_FREE |= {"moe_dispatcher", "moe_token_dispatcher_type", "distributed_timeout_minutes"}
+_HARDWARE = ("cpu", "gpu", "cores", "system", "torch", "megatron_core")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interval:
+    """Live balance's figures of some steps up to `iteration`; times are means per step, of the slowest rank."""
+
+    iteration: int
+    steps: int
+    replica_ms: float
+    exposed_ms: float
+    max_over_mean: float
+    max_over_mean_p95: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replan:
+    """A plan that came into force, or one that was not worth it (`changed` False)."""
+
+    iteration: int
+    changed: bool
+    moved_homes: int
+    replicas_added: int
+    took_s: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class TrainingRun:
+    """One run. N reported iterations, in order: iteration_N int64, each the last of the steps that it reports; means over these steps:
+    lm_loss_N, tokens_per_s_N, load_N (max/mean load of the ranks; NaN where it was not recorded), all float64.
+
+    failures: what live balance could not do, in words. env: of `describe_environment`.
+    """
+
+    name: str
+    options: dict
+    env: dict
+    iteration_N: np.ndarray
+    lm_loss_N: np.ndarray
+    tokens_per_s_N: np.ndarray
+    load_N: np.ndarray
+    validation: list[tuple[int, float]]
+    intervals: list[Interval]
+    replans: list[Replan]
+    failures: list[str]
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is stock Megatron, or the padded exchange of Tutel's kind."""
+        return self.is_stock or self.options.get("scalemoe_dispatch") == "padded"
+
+    @property
+    def is_stock(self) -> bool:
+        return self.options["moe_dispatcher"] == "stock"
+
+    @property
+    def techniques(self) -> str:
+        """What is on, in words."""
+        o = self.options
+        if self.is_stock:
+            return f"stock {o.get('moe_token_dispatcher_type', '')}".strip()
+        parts = [o.get("scalemoe_dispatch") or "ragged"]
+        parts += [f"{o['scalemoe_replicas']} replicas"] if o.get("scalemoe_replicas") else []
+        parts += ["sequence placement"] if o.get("scalemoe_sequence_placement") == "affinity" else []
+        parts += ["migration"] if o.get("scalemoe_migrate") else []
+        parts += [f"plan {Path(str(o['scalemoe_plan'])).name}"] if o.get("scalemoe_plan") else []
+        parts += [f"options of {Path(str(o['scalemoe_config'])).name}"] if o.get("scalemoe_config") else []
+        parts += [f"forced skew {o['scalemoe_force_skew']}"] if o.get("scalemoe_force_skew") is not None else []
+        return " + ".join(parts)
+
+    @property
+    def second_half_N(self) -> np.ndarray:
+        """bool [N]: the reports whose steps all lie in the second half, where caches are warm and plans in force; else the last one."""
+        first_N = np.concatenate([[0], self.iteration_N[:-1]])
+        late_N = first_N >= self.iteration_N[-1] / 2
+        late_N[-1] = True
+        return late_N
+
+    def speed(self) -> tuple[float, float, float, float]:
+        """tokens/s of the second half: median, 10th and 90th percentile of the reports, and the mean, with every pause in it."""
+        late_N = self.second_half_N
+        tokens_per_s = self.tokens_per_s_N[late_N]
+        steps = np.diff(self.iteration_N, prepend=0)[late_N]
+        low, median, high = np.percentile(tokens_per_s, (10, 50, 90))
+        return float(median), float(low), float(high), float(steps.sum() / (steps / tokens_per_s).sum())
+
+    def load(self) -> float | None:
+        """max/mean load of the ranks, mean of the second half; None when it was not recorded."""
+        load = self.load_N[self.second_half_N]
+        return None if np.isnan(load).all() else float(np.nanmean(load))
+
+    def late_intervals(self) -> list[Interval]:
+        """Those that end in the second half."""
+        return [interval for interval in self.intervals if interval.iteration > self.iteration_N[-1] / 2]
+
+    def mean_ms(self, field: str) -> float | None:
+        """Mean of an `Interval`'s time over the second half; None without any."""
+        intervals = self.late_intervals()
+        steps = sum(interval.steps for interval in intervals)
+        return sum(getattr(interval, field) * interval.steps for interval in intervals) / steps if steps else None
+
+    @property
+    def new_plans(self) -> list[Replan]:
+        return [replan for replan in self.replans if replan.changed]
+
+
+def loss_difference(run: TrainingRun, reference: TrainingRun) -> tuple[np.ndarray, np.ndarray]:
+    """(iterations, |loss - the reference's loss|) at the iterations that both report."""
+    common, own, theirs = np.intersect1d(run.iteration_N, reference.iteration_N, return_indices=True)
+    return common, np.abs(run.lm_loss_N[own] - reference.lm_loss_N[theirs])
+
+
+def in_order(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
+    """Baselines first, stock Megatron before all; then the more that is on, the later."""
+
+    def machinery(run: TrainingRun) -> tuple:
+        o = run.options
+        replicas = bool(o.get("scalemoe_replicas") or o.get("scalemoe_plan"))
+        return not run.is_stock, not run.is_baseline, bool(o.get("scalemoe_migrate")), replicas, run.techniques.count("+"), run.name
+
+    return sorted(runs, key=machinery)
+
+
+def differing_options(run: TrainingRun, reference: TrainingRun) -> list[str]:
+    """Options that make losses or speeds of the two incomparable."""
+    names = (run.options.keys() | reference.options.keys()) - _FREE
+    return sorted(n for n in names if not n.startswith("scalemoe") and run.options.get(n) != reference.options.get(n))
+
+
+def hardware(run: TrainingRun) -> str:
+    """What the run was measured on, as its config.json says."""
+    known = {name: run.env[name] for name in _HARDWARE if run.env.get(name) is not None}
+    machine = [str(known[name]) for name in ("gpu", "cpu") if name in known] + ([f"{known['cores']} cores"] if "cores" in known else [])
+    software = [f"{name.replace('_', '-')} {known[name]}" for name in ("torch", "megatron_core") if name in known]
+    return ", ".join([*machine, *([str(known["system"])] if "system" in known else []), *software]) or "unknown hardware"
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a training run has written here, finished or not."""
+    if (folder / HISTORY_FILE).is_file():
+        return True
+    try:
+        return (folder / CONFIG_FILE).is_file() and "args" in read_document(folder / CONFIG_FILE).data
+    except ScaleMoEError:  # a config.json of somebody else
+        return False
+
+
+def read_training_run(folder: Path, name: str) -> TrainingRun:
+    """Reads `config.json` and `train.json`. Raises `ScaleMoEError` that names file, line and field for a run that is damaged or unfinished."""
+    if not (folder / HISTORY_FILE).is_file():
+        problem = f"{folder}: the run has no {HISTORY_FILE}, which is written at its end"
+        raise ScaleMoEError(problem, found=f"only {CONFIG_FILE}", try_="let it finish, start it again, or remove the folder")
+    config, train = read_document(folder / CONFIG_FILE), read_document(folder / HISTORY_FILE)
+    for document in (config, train):
+        document.check_schema()
+    options, env = config.get(("args",), dict), config.get(("env",), dict)
+    config.get(("args", "moe_dispatcher"), str)
+    steps = _reports(train)
+    intervals, replans, failures = _events(train)
+    return TrainingRun(
+        name=name,
+        options=options,
+        env=env,
+        iteration_N=np.array([step[0] for step in steps], dtype=np.int64),
+        lm_loss_N=np.array([step[1] for step in steps]),
+        tokens_per_s_N=np.array([step[2] for step in steps]),
+        load_N=np.array([step[3] for step in steps]),
+        validation=_validation(train),
+        intervals=intervals,
+        replans=replans,
+        failures=failures,
+    )
+
+
+def _reports(train: Document) -> list[tuple[int, float, float, float]]:
+    """(iteration, loss, tokens/s, max/mean load or NaN) of each report."""
+    reports: list[tuple[int, float, float, float]] = []
+    for index in range(len(train.get(("history",), list))):
+        at = ("history", index)
+        if "lm_loss" not in train.get(at, dict):
+            continue
+        iteration = train.get((*at, "iteration"), int)
+        if iteration <= (reports[-1][0] if reports else 0):
+            raise train.error((*at, "iteration"), "iterations must begin at 1 or later and increase", found=iteration)
+        tokens_per_s = train.get((*at, "tokens_per_s"), float)
+        if tokens_per_s <= 0:
+            raise train.error((*at, "tokens_per_s"), "must be above 0", found=tokens_per_s)
+        load = train.get((*at, "max_over_mean_load"), float, default=math.nan)
+        reports.append((iteration, train.get((*at, "lm_loss"), float), tokens_per_s, load))
+    if not reports:
+        raise train.error(("history",), "reports no training step", try_="a run of at least one iteration")
+    return reports
+
+
+def _validation(train: Document) -> list[tuple[int, float]]:
+    places = [("history", index) for index, record in enumerate(train.data["history"]) if "validation_loss" in record]
+    return [(train.get((*at, "iteration"), int), train.get((*at, "validation_loss"), float)) for at in places]
+
+
+def _events(train: Document) -> tuple[list[Interval], list[Replan], list[str]]:
+    intervals, replans, failures = [], [], []
+    for index in range(len(train.get(("events",), list, default=[]))):
+        at = ("events", index)
+        event = train.get(at, dict)
+        kind = train.get((*at, "event"), str)
+        if kind == "interval":
+            intervals.append(Interval(**_fields(train, at, Interval)))
+        elif kind == "replan":
+            replans.append(Replan(**_fields(train, at, Replan)))
+        elif "reason" in event:
+            where = f"iteration {event['iteration']}: " if "iteration" in event else ""
+            failures.append(f"{where}{kind}: {train.get((*at, 'reason'), str)}")
+    return intervals, replans, failures
+
+
+def _fields(train: Document, at: tuple, kind: type) -> dict:
+    types = {"int": int, "float": float, "bool": bool}
+    return {field.name: train.get((*at, field.name), types[str(field.type)]) for field in dataclasses.fields(kind)}
