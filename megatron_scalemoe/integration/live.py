@@ -91,7 +91,7 @@ class LiveBalance:
         self.sequences: LiveSequences | None = None
         if scalemoe.sequence_placement == "affinity":
             sizes = {"micro_batches": micro_batches, "micro_batch_size": micro_batch_size}
-            self.sequences = LiveSequences(model_chunks, self.layers, config, self._num_rows, **sizes)
+            self.sequences = LiveSequences(model_chunks, self.layers, config, self._whole_plan(), **sizes)
 
     @property
     def _rows(self) -> list[int]:
@@ -255,6 +255,7 @@ class LiveBalance:
             return
         self._recorded = joined(self._recorded, whole, _MOST_RECORDED)
         if dist.get_rank() == 0:
+            Path(self._scalemoe.trace_path).mkdir(parents=True, exist_ok=True)
             save_trace(self._recorded, Path(self._scalemoe.trace_path) / _TRACE_FILE, force=True)
 
     def _tell(self, event: dict) -> None:

@@ -20,14 +20,14 @@ _KEEP = 0.5
 
 
 class LiveSequences:
-    """Owns the learner and its table. placement: what the data loader asks, on every rank of the job."""
+    """Owns the learner and its table. plan: of the whole model. placement: what the data loader asks, on every rank of the job."""
 
     def __init__(
         self,
         model_chunks: list[torch.nn.Module],
         layers: list[LiveLayer],
         config: TransformerConfig,
-        num_rows: int,
+        plan: PlacementPlan,
         *,
         micro_batches: int,
         micro_batch_size: int | None,
@@ -39,8 +39,9 @@ class LiveSequences:
         owner = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0
         owner = owner and parallel_state.get_context_parallel_rank() == 0
         self.placement = SequencePlacement(megatron_layout(micro_batches, micro_batch_size), group=dist.group.WORLD, owner=owner)
-        self._table = AffinityTable.empty(model.vocab_size, num_rows, config.num_moe_experts, config.moe_router_topk)
+        self._table = AffinityTable.empty(model.vocab_size, plan.num_layers, config.num_moe_experts, config.moe_router_topk)
         self._learner = AffinityLearner(model, {live.row: live.layer.router for live in layers}, self._table)
+        self._learner.set_plan(plan)
 
     def start_step(self, iteration: int) -> None:
         """Call before each training step."""

@@ -54,7 +54,7 @@ class BackgroundPlanner:
         save_plan(old, self._directory / _OLD_PLAN)
         plain_ports = {name: np.asarray(value).tolist() for name, value in vars(ports).items()}
         request = {"ports": plain_ports, "cost": dataclasses.asdict(cost), "options": dataclasses.asdict(options)}
-        write_atomically(self._directory / _REQUEST, json.dumps({"schema_version": SCHEMA_VERSION, **request}))
+        write_atomically(self._directory / _REQUEST, json.dumps({"schema_version": SCHEMA_VERSION, **request}), force=False)
         command = [sys.executable, "-m", __name__, str(self._directory)]
         with (self._directory / _ERRORS).open("w") as errors:
             # The child reads its input until the end, which comes when this process closes it, or dies.
@@ -113,12 +113,12 @@ def _answer(directory: Path) -> None:
     result = replan(load_trace(directory / _TRACE), load_plan(directory / _OLD_PLAN), ports, CostModel(**request["cost"]), options)
     save_plan(result.plan, directory / _NEW_PLAN)
     figures = {field.name: getattr(result, field.name) for field in dataclasses.fields(Replan) if field.name != "plan"}
-    write_atomically(directory / _REPLY, json.dumps({"schema_version": SCHEMA_VERSION, **figures}))
+    write_atomically(directory / _REPLY, json.dumps({"schema_version": SCHEMA_VERSION, **figures}), force=False)
 
 
 def _die_with_parent(directory: Path) -> None:
     """End this process, and remove the files that nobody will read, when its input ends."""
-    sys.stdin.buffer.read()
+    os.read(sys.stdin.fileno(), 1)  # not sys.stdin.read: its lock would stop this process from ending by itself
     shutil.rmtree(directory, ignore_errors=True)
     os._exit(1)
 
