@@ -22,6 +22,7 @@ from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import SCHEMA_VERSION
 from megatron_scalemoe.integration import live_plans
 from megatron_scalemoe.integration.calibrate import group_ports, measured_cost
+from megatron_scalemoe.integration.expert_state import check_migration_support
 from megatron_scalemoe.integration.live_figures import StepFigures
 from megatron_scalemoe.integration.live_layers import live_layers, moe_rows, return_gradients_before_reduction, send_replicas_ahead
 from megatron_scalemoe.integration.live_log import event_text
@@ -98,6 +99,7 @@ class LiveBalance:
         return [live.row for live in self.layers]
 
     def _make_placeable(self, model_chunks: list[torch.nn.Module], config: TransformerConfig) -> None:
+        check_migration_support(self._optimizer)
         return_gradients_before_reduction(model_chunks, self.layers)
         if not model_chunks[0].ddp_config.overlap_param_gather:  # there the next layer's parameters may not have come yet
             send_replicas_ahead(self.layers)

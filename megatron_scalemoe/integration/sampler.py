@@ -89,7 +89,10 @@ class SequencePlacement:
         """int64 [M, micro-batch]: ids of the sequences that this data-parallel rank computes, of the whole global batch.
 
         ids_N: int [N], this data-parallel rank's sequences in default order, micro-batch after micro-batch. tokens_NS: int [N, S], their
-        token ids; read on owners only. Collective over the group. Before the first `use`: the default order.
+        token ids; read on owners only. Before the first `use`: the default order.
+
+        Collective over the group. With pipeline stages: call it before the step's schedule starts. A later stage asks for its data only
+        when activations have come, and would never get them from a first stage that waits for it here.
         """
         start_s, layout = time.perf_counter(), self.layout
         assert len(ids_N) == layout.sequences_per_rank
@@ -163,7 +166,8 @@ class PlacedBatchSampler:
         read each sample here once more than the data loader does.
 
     A last global batch that is not complete stays as it is. The number of micro-batches is fixed: no batch-size ramp-up. The DataLoader
-    asks for batches ahead of training, from its main process; the collectives then run ahead, too, in the same order on all ranks.
+    asks for batches ahead of training, from its main process; the collectives then run ahead, too, in the same order on all ranks. With
+    pipeline stages take all micro-batches of a step from the DataLoader before its schedule starts (see `SequencePlacement.place`).
     """
 
     def __init__(self, sampler, placement: SequencePlacement, tokens_of: Callable[[list[int]], np.ndarray]):

@@ -1,4 +1,4 @@
-"""What lies in a run's directory: topologies, traces, plans and results, told apart by what is in them, not by their names."""
+"""What lies in a run's directory: topologies, traces, plans, results (told apart by what is in them, not by their names), training runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import Document, read_bytes, read_document
 from megatron_scalemoe.plan import PlacementPlan, load_plan
+from megatron_scalemoe.report.training_runs import CONFIG_FILE, HISTORY_FILE, TrainingRun, is_run_folder, read_training_run
 from megatron_scalemoe.topology.files import load_topology
 from megatron_scalemoe.topology.graph import Topology
 from megatron_scalemoe.traffic.trace import RoutingTrace, load_trace
@@ -30,7 +31,8 @@ _RESULTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 }
 WANTED = (
     "a topology (scalemoe topology build), a trace (scalemoe trace synth, convert), plans (scalemoe plan -o), and what "
-    "`scalemoe compare`, `simulate`, `plan` or `bench` --json printed; all directly in that directory"
+    "`scalemoe compare`, `simulate`, `plan` or `bench` --json printed; all directly in that directory; and the folders of training runs "
+    f"({CONFIG_FILE} and {HISTORY_FILE}) in it"
 )
 
 
@@ -67,20 +69,23 @@ class FileRow:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Run:
-    """All that was read, each by its file's name, in the order of the names. `results`: by kind. `damaged`: (file, error)."""
+    """All that was read, each by its file's name, in the order of the names. `results`: by kind. `damaged`: (file or folder, error)."""
 
     directory: str
     topologies: dict[str, Topology] = dataclasses.field(default_factory=dict)
     traces: dict[str, RoutingTrace] = dataclasses.field(default_factory=dict)
     plans: dict[str, PlacementPlan] = dataclasses.field(default_factory=dict)
     results: dict[str, list[Result]] = dataclasses.field(default_factory=lambda: {kind: [] for kind in _RESULTS})
+    trainings: list[TrainingRun] = dataclasses.field(default_factory=list)
     files: list[FileRow] = dataclasses.field(default_factory=list)
     unrecognised: list[str] = dataclasses.field(default_factory=list)
     damaged: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
 def collect(directory: Path, *, ignore: Path | None = None) -> Run:
-    """Reads the files directly in `directory`, but hidden ones and `ignore` (the report itself).
+    """Reads the files directly in `directory`, but hidden ones and `ignore` (the report itself); of its folders those of training runs.
+
+    `directory` may be the folder of a training run itself.
 
     Damaged and unrecognised files are listed in the `Run`. Raises `ScaleMoEError` when there is no directory, or nothing of ours in it.
     """
@@ -88,8 +93,17 @@ def collect(directory: Path, *, ignore: Path | None = None) -> Run:
         raise ScaleMoEError(f"{directory} must be a directory with the files of a run", found="no such directory", try_=WANTED)
     skipped = ignore.resolve() if ignore else None
     run = Run(directory=printable(directory.resolve().name))
+    of_training = is_run_folder(directory)
+    if of_training:
+        _add_training(run, directory, run.directory, "")
     for path in sorted(directory.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and path.resolve() != skipped:
+        if path.name.startswith(".") or path.resolve() == skipped:
+            continue
+        if path.is_dir():
+            if is_run_folder(path):
+                name = printable(path.name)
+                _add_training(run, path, name, f"{name}/")
+        elif path.is_file() and not (of_training and path.name in (CONFIG_FILE, HISTORY_FILE)):
             _add(run, path)
     if not run.files and not run.damaged:
         found = f"nothing of it among {len(run.unrecognised)} files" if run.unrecognised else "no files"
@@ -102,6 +116,18 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "replace").decode("utf-8")
 
 
+def _add_training(run: Run, folder: Path, name: str, prefix: str) -> None:
+    """A training run; its files get `prefix` before their names."""
+    try:
+        training = read_training_run(folder, name)
+        rows = [_file_row(folder / file, f"{prefix}{file}", "training run") for file in (CONFIG_FILE, HISTORY_FILE)]
+    except ScaleMoEError as error:
+        run.damaged.append((name, printable(str(error))))
+        return
+    run.trainings.append(training)
+    run.files.extend(rows)
+
+
 def _add(run: Run, path: Path) -> None:
     name = printable(path.name)
     try:
@@ -109,11 +135,14 @@ def _add(run: Run, path: Path) -> None:
         if kind is None:
             run.unrecognised.append(name)
             return
-        content = read_bytes(path)
+        run.files.append(_file_row(path, name, kind))
     except ScaleMoEError as error:
         run.damaged.append((name, printable(str(error))))
-        return
-    run.files.append(FileRow(name, kind, len(content), hashlib.sha256(content).hexdigest()))
+
+
+def _file_row(path: Path, name: str, kind: str) -> FileRow:
+    content = read_bytes(path)
+    return FileRow(name, kind, len(content), hashlib.sha256(content).hexdigest())
 
 
 def _read(run: Run, path: Path, name: str) -> str | None:

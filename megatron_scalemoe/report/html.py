@@ -13,7 +13,8 @@ import jinja2
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.report.collect import Run
 from megatron_scalemoe.report.figures import Table
-from megatron_scalemoe.report.sections import Story, tell
+from megatron_scalemoe.report.page import Story
+from megatron_scalemoe.report.sections import tell
 from megatron_scalemoe.units import format_bytes
 from megatron_scalemoe.version import __version__
 

@@ -18,6 +18,9 @@ from megatron_scalemoe.report.figures_load import link_panel, load_panel
 from megatron_scalemoe.report.figures_plan import change_panel, convergence_panel, plan_change
 from megatron_scalemoe.report.figures_topology import MAX_RANKS, bandwidth_panel
 from megatron_scalemoe.report.figures_trace import trace_figure
+from megatron_scalemoe.report.page import Section, Story, Tile
+from megatron_scalemoe.report.training_runs import TrainingRun, in_order
+from megatron_scalemoe.report.training_section import training_section, training_summary, training_warnings
 from megatron_scalemoe.topology.graph import Topology
 from megatron_scalemoe.topology.routes import compute_routes
 from megatron_scalemoe.traffic.summary import summarize
@@ -25,36 +28,6 @@ from megatron_scalemoe.traffic.trace import RoutingTrace
 from megatron_scalemoe.units import format_bytes
 
 Progress = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A part of the page. `tables`: numbers without a figure."""
-
-    id: str
-    title: str
-    lead: str
-    panels: list[Panel]
-    tables: list[Table] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """One number at the top of the page, and the baseline's."""
-
-    name: str
-    value: str
-    before: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Story:
-    """What the page says: its first sentence, the numbers below it, the sections and the warnings."""
-
-    summary: str
-    tiles: list[Tile]
-    sections: list[Section]
-    warnings: list[str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +47,10 @@ def tell(run: Run, cost: CostModel, *, progress: Progress) -> Story:
     evaluations = _evaluate(inputs, cost, warnings, progress)
     progress("figures")
     policies = _policy_groups(run)
+    trainings = in_order(run.trainings)
+    warnings += training_warnings(trainings)
     sections = [
+        training_section(trainings),
         _policies(policies),
         _balance(evaluations),
         _network(inputs, evaluations),
@@ -82,7 +58,7 @@ def tell(run: Run, cost: CostModel, *, progress: Progress) -> Story:
         _traffic(inputs.trace),
         _measured(run),
     ]
-    summary, tiles = _summary(run, policies, evaluations)
+    summary, tiles = _summary(run, trainings, policies, evaluations)
     return Story(summary, tiles, [s for s in sections if s is not None], warnings)
 
 
@@ -275,8 +251,12 @@ def _measured(run: Run) -> Section | None:
     return Section("measured", "Measured", "Benchmarks, the baseline always in the same run.", panels)
 
 
-def _summary(run: Run, groups: list[tuple[str, list[dict]]], evaluations: list[Evaluation]) -> tuple[str, list[Tile]]:
-    """What was gained against which baseline, by the best evidence that there is."""
+def _summary(
+    run: Run, trainings: list[TrainingRun], groups: list[tuple[str, list[dict]]], evaluations: list[Evaluation]
+) -> tuple[str, list[Tile]]:
+    """What was gained against which baseline, by the best evidence that there is: measured before computed."""
+    if trainings:
+        return training_summary(trainings)
     if groups:
         rows = groups[0][1]
         return f"{policies_finding(rows)}.", _policy_tiles(rows[0], best_policy(rows))

@@ -139,6 +139,11 @@ def in_order(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
     return sorted(runs, key=machinery)
 
 
+def fastest(runs: Sequence[TrainingRun]) -> TrainingRun:
+    """By the median; of equal ones the first."""
+    return max(runs, key=lambda run: run.speed()[0])
+
+
 def differing_options(run: TrainingRun, reference: TrainingRun) -> list[str]:
     """Options that make losses or speeds of the two incomparable."""
     names = (run.options.keys() | reference.options.keys()) - _FREE
@@ -164,7 +169,7 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def read_training_run(folder: Path, name: str) -> TrainingRun:
-    """Reads `config.json` and `train.json`. Raises `ScaleMoEError` that names file, line and field for a run that is damaged or unfinished."""
+    """Reads `config.json` and `train.json`. Raises `ScaleMoEError` naming file, line and field if they are damaged or unfinished."""
     if not (folder / HISTORY_FILE).is_file():
         problem = f"{folder}: the run has no {HISTORY_FILE}, which is written at its end"
         raise ScaleMoEError(problem, found=f"only {CONFIG_FILE}", try_="let it finish, start it again, or remove the folder")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from unittest import mock
 
-from tests.integration.tiny_gpt import Setup, Training  # first: it installs the CPU ranks
+from tests.integration.tiny_gpt import GLOBAL_BATCH, Setup, Training  # first: it installs the CPU ranks
 
 # isort: split
 import numpy as np
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_scalemoe.config import ScaleMoEConfig
-from megatron_scalemoe.integration import migration, replicas
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.integration import expert_state, replicas
+from megatron_scalemoe.integration.checkpoint import load_checkpoint, save_checkpoint
 from megatron_scalemoe.integration.live import LiveBalance
 from megatron_scalemoe.plan import PlacementPlan
 
@@ -30,27 +35,128 @@ def random_plan(old: PlacementPlan, rng: np.random.Generator, *, permute: bool) 
     return PlacementPlan(np.stack(layers), old.num_ranks, old.num_logical_experts)
 
 
-def make_live(setup: Setup, replicas_in_all: int) -> tuple[Training, LiveBalance]:
-    """A training whose plan only the test changes."""
-    config = ScaleMoEConfig(replicas=replicas_in_all, replan_interval=0, migrate=True)
-    training = Training(setup.with_options(scalemoe=config))
-    live = LiveBalance([training.model], training.optimizer, training.config, config, micro_batches=setup.micro_batches, say=lambda _: None)
+def make_live(setup: Setup, config: ScaleMoEConfig) -> tuple[Training, LiveBalance]:
+    training = Training(setup.with_options(scalemoe=config, dispatcher="alltoall"))
+    samples = GLOBAL_BATCH // parallel_state.get_data_parallel_world_size() // setup.micro_batches
+    sizes = {"micro_batches": setup.micro_batches, "micro_batch_size": samples}
+    live = LiveBalance([training.model], training.optimizer, training.config, config, **sizes, say=lambda _: None)
+    if live.sequences is not None:
+        training.placement = live.sequences.placement
     return training, live
 
 
-def live_losses(setup: Setup, steps: int, replicas_in_all: int, replan_every: int, migrate_every: int, planted: str = "") -> list[float]:
-    """Losses with random new replicas, and random new homes, every so many steps. planted: a mistake to make."""
+def random_losses(
+    setup: Setup, steps: int, replicas_in_all: int, replan_every: int, migrate_every: int, *, planted: str = "", place: bool = False
+) -> list[float]:
+    """Losses with random new replicas, and random new homes, every so many steps. planted: a mistake to make. place: sequences, too."""
+    config = ScaleMoEConfig(
+        replicas=replicas_in_all, replan_interval=0, migrate=True, sequence_placement="affinity" if place else "none", trace_interval=1
+    )
     with _planted(planted):
-        training, live = make_live(setup, replicas_in_all)
+        training, live = make_live(setup, config)
         rng = np.random.default_rng(setup.seed)
-        losses = []
+        losses, moved_sequences = [], 0
         for step in range(1, steps + 1):
             losses += training.losses(1)
             live.step_done(step)
             moves = step % migrate_every == 0
             if moves or step % replan_every == 0:
                 assert live.adopt(random_plan(live.plan, rng, permute=moves)), live.events
+                if place:
+                    moved_sequences += live.sequences.update(live._whole_plan()).get("moved_sequences", 0)
+        assert not place or moved_sequences > 0
+        live.close()
     return losses
+
+
+def planned_run(setup: Setup, steps: int, every: int) -> dict:
+    """Losses, events and final plan of a run that the real planner balances, waiting for each plan."""
+    config = ScaleMoEConfig(replicas=4, migrate=True, trace_interval=1, replan_interval=10 * steps)
+    training, live = make_live(setup, config)
+    losses = []
+    for step in range(1, steps + 1):
+        losses += training.losses(1)
+        live.step_done(step)
+        if step % every == 0:
+            live.replan_now(step)
+    plan, events = live.plan, live.events
+    live.close()
+    return {"losses": losses, "events": events, "hash": plan.content_hash, "replicas": plan.num_replicas.tolist()}
+
+
+def run_with_a_dead_planner(setup: Setup) -> dict:
+    """What happens when the planner's process is killed."""
+    config = ScaleMoEConfig(replicas=4, trace_interval=1, replan_interval=4)
+    training, live = make_live(setup, config)
+    before = live.plan.content_hash
+    losses = []
+    for step in range(1, 7):
+        losses += training.losses(1)
+        live.step_done(step)
+        if step == 4 and live._planner is not None:
+            live._planner._process.kill()
+            live._planner._process.wait()
+    events, after = live.events, live.plan.content_hash
+    live.close()
+    return {"losses": losses, "events": events, "unchanged": before == after}
+
+
+def run_without_step_done(setup: Setup) -> str:
+    training, live = make_live(setup, ScaleMoEConfig(replicas=4, replan_interval=0))
+    live.adopt(random_plan(live.plan, np.random.default_rng(0), permute=False))
+    training.losses(1)
+    try:
+        training.losses(1)
+    except ScaleMoEError as error:
+        return str(error)
+    return ""
+
+
+def plans_that_differ(setup: Setup) -> str:
+    _, live = make_live(setup, ScaleMoEConfig(replicas=4, replan_interval=0))
+    plan = random_plan(live.plan, np.random.default_rng(dist.get_rank()), permute=False)
+    try:
+        live.adopt(plan)
+    except ScaleMoEError as error:
+        return str(error)
+    return ""
+
+
+def save_live(setup: Setup, directory: Path) -> tuple[list[float], str]:
+    """Trains with moved homes and replicas, saves in between; the losses after that, and the hash of the plan in force."""
+    training, live = make_live(setup, ScaleMoEConfig(replicas=4, migrate=True, replan_interval=0))
+    training.losses(2)
+    live.step_done(2)
+    assert live.adopt(random_plan(live.plan, np.random.default_rng(3), permute=True))
+    for step in (3, 4):
+        training.losses(1)
+        live.step_done(step)
+    files = live.checkpoint_files()
+    save_checkpoint(directory, training.step, [training.model], training.optimizer, training.scheduler, files=files)
+    losses = []
+    for step in range(5, 9):
+        losses += training.losses(1)
+        live.step_done(step)
+    return losses, live.plan.content_hash
+
+
+def resume_live(setup: Setup, directory: Path) -> tuple[list[float], str, list[dict]]:
+    training, live = make_live(setup.with_options(seed=9), ScaleMoEConfig(replicas=4, migrate=True, replan_interval=0))
+    live.adopt(random_plan(live.plan, np.random.default_rng(5), permute=True))  # the files must not depend on the plan of the reader
+    loaded = load_checkpoint(directory, [training.model], training.optimizer, training.scheduler)
+    live.resume(loaded.path)
+    training.step, losses = loaded.iteration, []
+    for step in range(5, 9):
+        losses += training.losses(1)
+        live.step_done(step)
+    return losses, live.plan.content_hash, live.events
+
+
+def resume_stock(setup: Setup, directory: Path) -> list[float]:
+    training = Training(setup.with_options(seed=9))
+    loaded = load_checkpoint(directory, [training.model], training.optimizer, training.scheduler)
+    training.step = loaded.iteration
+    return training.losses(4)
 
 
 def stock_losses(setup: Setup, steps: int) -> list[float]:
@@ -63,7 +169,14 @@ def _planted(mistake: str):
         with mock.patch.object(replicas, "sum_rows", lambda x, rows: x.new_zeros(rows.num_rows, x.shape[1])):
             yield
     elif mistake == "moment not moved":
-        ...
+        write = expert_state.StateTensor.write
+
+        def forgetful(tensor, slot, row_N):
+            if "exp_avg_sq" not in tensor.name:
+                write(tensor, slot, row_N)
+
+        with mock.patch.object(expert_state.StateTensor, "write", forgetful):
+            yield
     else:
         assert not mistake
         yield

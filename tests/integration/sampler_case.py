@@ -38,14 +38,14 @@ class LearningTraining(Training):
 
     def __init__(self, setup: Setup, *, rows: int = VOCABULARY):
         super().__init__(setup)
-        owner = parallel_state.get_tensor_model_parallel_rank() == 0
+        owner = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_first_stage()
         self.layout = megatron_layout(2, GLOBAL_BATCH // parallel_state.get_data_parallel_world_size() // 2)
         self.placement = SequencePlacement(self.layout, group=dist.group.WORLD, owner=owner)
         self.table = AffinityTable.empty(VOCABULARY, LAYERS, setup.experts, 2, max_rows=rows)
         self.history = SampleHistory(LAYERS, setup.experts)
         gpt = next(module for module in self.model.modules() if isinstance(module, GPTModel))
         routers = [module for module in gpt.modules() if isinstance(module, TopKRouter)]
-        self.learner = AffinityLearner(gpt, dict(enumerate(routers)), self.table, interval=1)
+        self.learner = AffinityLearner(gpt, {router.layer_number - 1: router for router in routers}, self.table, interval=1)
         self.seen_ids, self.routed = [], [[] for _ in routers]
         gpt.register_forward_pre_hook(lambda _, args: self.seen_ids.append(args[0]))
         for layer, router in enumerate(routers):
@@ -55,7 +55,7 @@ class LearningTraining(Training):
         with mock.patch.object(tiny_gpt, "_micro_batches", self._micro_batches):
             return super().losses(steps)
 
-    def _micro_batches(self, step: int, _number: int):
+    def _micro_batches(self, step: int, *_):
         tokens, layout = topical_batch(step), self.layout
         ids_N = step * GLOBAL_BATCH + np.arange(GLOBAL_BATCH).reshape(-1, layout.sequences_per_rank)[layout.data_parallel_rank]
         ids_MB = self.placement.place(tokens[ids_N % GLOBAL_BATCH].numpy(), ids_N)

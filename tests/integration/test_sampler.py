@@ -134,9 +134,11 @@ def learnt(options: dict) -> dict:
     return in_case("learnt_counts", setup=options)
 
 
-@pytest.mark.parametrize("options", [{"ep": 2}, {"ep": 2, "tp": 2}, {"ep": 2, "recompute": True}])
-def test_every_token_is_learnt_once(options):
-    for result in pool(2).run(learnt, options):
+@pytest.mark.parametrize(
+    ("ranks", "options"), [(2, {"ep": 2}), (2, {"ep": 2, "tp": 2}), (2, {"ep": 2, "recompute": True}), (4, {"ep": 2, "pp": 2})]
+)
+def test_every_token_is_learnt_once(ranks, options):
+    for result in pool(ranks).run(learnt, options):
         np.testing.assert_array_equal(result["learnt"].sum(axis=2), 2 * result["histogram"][:, None] * np.ones((1, 2)))
         np.testing.assert_array_equal(result["again"], result["learnt"])
 
@@ -158,13 +160,15 @@ def test_evaluation_teaches_nothing():
     assert pool(2).run(in_evaluation) == [0.0, 0.0]
 
 
-def losses(placed: bool) -> tuple:
-    return in_case("placed_losses", setup={"ep": 2}, steps=6, placed=placed)
+def losses(options: dict, placed: bool) -> tuple:
+    return in_case("placed_losses", setup=options, steps=6, placed=placed)
 
 
-def test_the_loss_does_not_change():
-    (stock, _), _ = pool(2).run(losses, False)
-    (placed, moved), _ = pool(2).run(losses, True)
+@pytest.mark.parametrize(("ranks", "options"), [(2, {"ep": 2}), (4, {"ep": 2, "pp": 2})])
+def test_the_loss_does_not_change(ranks, options):
+    """Also when a pipeline's first and last stage must load the same sequences."""
+    stock, _ = pool(ranks).run(losses, options, False)[0]
+    placed, moved = pool(ranks).run(losses, options, True)[0]
     assert moved > 4
     np.testing.assert_allclose(placed, stock, rtol=1e-5)
 

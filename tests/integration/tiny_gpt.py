@@ -48,6 +48,7 @@ class Setup:
 
     def with_options(self, **options) -> Setup:
         return dataclasses.replace(self, **options)
+
     seed: int = 1
     experts: int = 8
 
@@ -67,6 +68,7 @@ class Training:
         if setup.overlap:
             self.config.no_sync_func = self.model.no_sync
         self.step = 0
+        self.placement = None  # a SequencePlacement
 
     def losses(self, steps: int) -> list[float]:
         """Trains some steps; the mean loss of the global batch of each, the same number on every rank."""
@@ -78,7 +80,7 @@ class Training:
         samples = GLOBAL_BATCH // parallel_state.get_data_parallel_world_size()
         reduced = get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=_micro_batches(self.step, self.setup.micro_batches),
+            data_iterator=_micro_batches(self.step, self.setup.micro_batches, self.placement),
             model=[self.model],
             num_microbatches=self.setup.micro_batches,
             seq_length=SEQUENCE,
@@ -159,14 +161,16 @@ def _optimizer_config(setup: Setup) -> OptimizerConfig:
     )
 
 
-def _micro_batches(step: int, number: int):
+def _micro_batches(step: int, number: int, placement=None):
     """This data-parallel rank's micro-batches of a step: [samples, SEQUENCE + 1] tokens of a learnable pattern."""
     generator = torch.Generator().manual_seed(1000 + step)
     start = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, 1), generator=generator)
     stride = torch.randint(1, 4, (GLOBAL_BATCH, 1), generator=generator)
     tokens = (start + stride * torch.arange(SEQUENCE + 1)) % VOCABULARY
-    mine = tokens.chunk(parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()]
-    return iter(mine.chunk(number))
+    samples = torch.arange(GLOBAL_BATCH).chunk(parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()]
+    if placement is not None:
+        samples = torch.from_numpy(placement.place(tokens[samples, :-1].numpy(), samples.numpy())).flatten()
+    return iter(tokens[samples].chunk(number))
 
 
 def _forward_step(micro_batches, model):
