@@ -39,7 +39,7 @@ def batches(
     """This data-parallel rank's micro-batches of one iteration: `tokens`, `labels` [micro batch, seq], the same for every TP and PP rank.
 
     Draws the whole global batch from (seed, iteration), so that a resumed run, and one with other parallel sizes, sees the same samples.
-    placement: which data-parallel rank computes which of them.
+    placement: which data-parallel rank computes which of them; it is asked at once, as the ranks of a pipeline do not read in step.
     """
     generator = torch.Generator().manual_seed(_hash(seed, iteration))
     starts = torch.randint(0, len(text) - shape.seq_length, (shape.global_batch_size,), generator=generator)
@@ -47,7 +47,11 @@ def batches(
     if placement is not None:
         tokens = torch.stack([text[start : start + shape.seq_length] for start in mine.tolist()]).numpy()
         mine = torch.from_numpy(placement.place(tokens, mine.numpy())).reshape(-1)
-    for micro_batch in mine.split(shape.micro_batch_size):
+    return _windows(text, mine, shape, device)
+
+
+def _windows(text: Tensor, starts: Tensor, shape: BatchShape, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    for micro_batch in starts.split(shape.micro_batch_size):
         window = torch.stack([text[start : start + shape.seq_length + 1] for start in micro_batch.tolist()]).long().to(device)
         yield {"tokens": window[:, :-1].contiguous(), "labels": window[:, 1:].contiguous()}
 

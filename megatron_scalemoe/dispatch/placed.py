@@ -1,8 +1,8 @@
 """Ragged dispatch under a plan: logical experts become slots, and each expert's tokens are split over its copies from this step's counts.
 
-ScaleMoE (Choi et al., PACT'25) replicates hot experts, too, but sends a token to a copy on its own rank or else to the last one listed. Here all
-ranks gather the counts of the step and compute the same split (`split.split_tokens`), which makes the largest rank load the smallest
-possible.
+ScaleMoE (Choi et al., PACT'25) replicates hot experts, too, but sends a token to a copy on its own rank, or else to the last one listed.
+Here all ranks gather the counts of the step and compute the same split (`split.split_tokens`), which makes the largest rank load the
+smallest possible.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class LayerPlacement:
 class PlacedDispatcher(Dispatcher):
     """`RaggedDispatcher` whose experts are the slots of a placement: `expand` returns the rows and counts of this rank's P/G slots.
 
-    With replicas `prepare` waits for the counts of all ranks, and on CUDA for the device: which copy a token goes to depends on them. A plan
-    without replicas needs neither. Immutable: a new plan needs a new dispatcher.
+    With replicas `prepare` waits for the counts of all ranks, and on CUDA for the device: which copy a token goes to depends on them. A
+    plan without replicas needs neither. Immutable: a new plan needs a new dispatcher.
     """
 
     def __init__(

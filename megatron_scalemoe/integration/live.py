@@ -247,6 +247,9 @@ class LiveBalance:
         names += ("max_over_mean_before", "max_over_mean_after", "replica_us", "migration_us", "changed")
         event |= {name: getattr(replan, name) for name in names}
         self._tell(event)
+        # stages of a pipeline take their plans at different times: then it waits for the end of the interval
+        if self.sequences is not None and parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            self.sequences.follow(self._whole_plan())
 
     def _save_trace(self, trace: RoutingTrace | None) -> None:
         """Add to the file of recorded steps, if there is to be one. Collective over pipeline ranks."""

@@ -40,7 +40,7 @@ class StepFigures:
         95th percentile), and mean times per step. Largest of all ranks for times. Collective over the pipeline stage."""
         balance_SL = _max_over_mean(load_of_ranks(torch.tensor(self._rows_SL).view(len(self._rows_SL), len(self._layers))))
         steps = len(self._rows_SL)
-        replica_s = sum(live.experts.replica_time_s for live in self._layers) - self._replica_before_s
+        replica_s = sum(live.replica_time_s for live in self._layers) - self._replica_before_s
         times = [statistics.median(self._step_s) if self._step_s else 0.0, replica_s / steps, self._exposed_s / steps]
         step_s, replica_s, exposed_s = _largest_of_ranks(times)
         self._clear()
@@ -57,7 +57,7 @@ class StepFigures:
 
     def _clear(self) -> None:
         self._rows_before_L = [live.layer.token_dispatcher.rows_computed for live in self._layers]
-        self._replica_before_s = sum(live.experts.replica_time_s for live in self._layers)
+        self._replica_before_s = sum(live.replica_time_s for live in self._layers)
         self._rows_SL: list[list[int]] = []
         self._step_s: list[float] = []
         self._step_began: float | None = None

@@ -32,7 +32,13 @@ class LiveLayer:
 
     @property
     def replicas(self) -> LayerReplicas | None:
-        return self.layer.experts.replicas
+        """None also with other experts than ours."""
+        return getattr(self.experts, "replicas", None)
+
+    @property
+    def replica_time_s(self) -> float:
+        """How long this rank has waited for replicas."""
+        return getattr(self.experts, "replica_time_s", 0.0)
 
     def apply(self, plan: PlacementPlan, node_of_rank_G: np.ndarray) -> None:
         """Dispatch by this plan of the stage from now on, and make its replicas. The homes must be in place."""

@@ -20,7 +20,10 @@ def _local_share(event: dict) -> str:
     if event.get("local_share") is None:
         return ""
     share, uniform = event["local_share"], event["uniform_share"]
-    placing = f", placing sequences {event['placing_ms']:.2f} ms a step" if "placing_ms" in event else ", sequences not placed yet"
+    placing = ", sequences not placed yet"
+    if "placing_ms" in event:
+        expected = f"expected {event['default_share']:.3f} -> {event['placed_share']:.3f} in the last batch"
+        placing = f", {expected} in {event['placing_ms']:.2f} ms{'' if event['pays'] else ': not worth it, sequences stay'}"
     return f"; local share {share:.3f}, {share / uniform:.2f} x uniform{placing}"
 
 

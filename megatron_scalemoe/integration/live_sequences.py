@@ -13,7 +13,7 @@ from megatron_scalemoe.integration.affinity import AffinityLearner
 from megatron_scalemoe.integration.live_layers import LiveLayer
 from megatron_scalemoe.integration.sampler import SequencePlacement, megatron_layout
 from megatron_scalemoe.plan import PlacementPlan
-from megatron_scalemoe.traffic.affinity import AffinityTable
+from megatron_scalemoe.traffic.affinity import AffinityTable, stacked_hosts
 
 # Of what was learnt before, at each update: routing drifts.
 _KEEP = 0.5
@@ -42,21 +42,43 @@ class LiveSequences:
         self._table = AffinityTable.empty(model.vocab_size, plan.num_layers, config.num_moe_experts, config.moe_router_topk)
         self._learner = AffinityLearner(model, {live.row: live.layer.router for live in layers}, self._table)
         self._learner.set_plan(plan)
+        self._plan = plan
 
     def start_step(self, iteration: int) -> None:
         """Call before each training step."""
         self._learner.start_step(iteration)
 
     def update(self, plan: PlacementPlan) -> dict:
-        """Place by what was learnt until now, and by this plan of the whole model. Figures since the last update. Collective over all."""
+        """Place by what was learnt until now, and by this plan of the whole model. Figures since the last update. Collective over all.
+
+        local_share: of the selections, as measured. uniform_share: what sequences at random would have.
+        """
         report = self.placement.report
-        figures = {"local_share": self._learner.measured_share(dist.group.WORLD), "uniform_share": 1 / plan.num_ranks}
+        figures = {"local_share": self._learner.measured_share(dist.group.WORLD)}
         if report is not None:
-            figures |= {"moved_sequences": report.moved_sequences, "placing_ms": report.time_s * 1e3}
+            figures |= {"moved_sequences": report.moved_sequences, "placing_ms": report.time_s * 1e3, "pays": self.placement.pays}
+            figures |= {"default_share": report.default_share, "placed_share": report.placed_share}
         self._table = self._learner.sync(self._table, dist.group.WORLD, keep=_KEEP)
+        figures["uniform_share"] = _uniform_share(self._table, self._plan)
+        self._use(plan)
+        return figures
+
+    def follow(self, plan: PlacementPlan) -> None:
+        """Place by this new plan from now on. Collective over all ranks."""
+        self._learner.measured_share(dist.group.WORLD)  # what was counted until here belongs to the old plan
+        self._use(plan)
+
+    def _use(self, plan: PlacementPlan) -> None:
+        self._plan = plan
         self._learner.set_plan(plan)
         self.placement.use(plan, self._table)
-        return figures
 
     def close(self) -> None:
         self._learner.close()
+
+
+def _uniform_share(table: AffinityTable, plan: PlacementPlan) -> float:
+    """Share of the selections learnt whose expert has a copy on a rank, mean over the ranks."""
+    counts_LE = table.counts.sum(axis=0, dtype="float64")
+    hosted = float((counts_LE[:, :, None] * stacked_hosts(plan)).sum())
+    return hosted / max(float(counts_LE.sum()), 1e-300) / plan.num_ranks

@@ -22,6 +22,9 @@ from megatron_scalemoe.plan import PlacementPlan
 from megatron_scalemoe.traffic.affinity import AffinityTable
 from megatron_scalemoe.traffic.sample_history import SampleHistory
 
+# Of all selections.
+LEAST_GAIN = 0.01
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BatchLayout:
@@ -65,7 +68,8 @@ class SequencePlacement:
     group: every rank that takes part in loading batches, e.g. all ranks, or those with tensor rank 0: they must all call `place` for every
         global batch. Best a gloo group: over NCCL the call waits for the device.
     owner: true on one rank of each data-parallel rank, the one that speaks for it (tensor, context and pipeline rank 0).
-    report: of the last global batch; None before the first, and while nothing is known.
+    pays: whether the last global batch gained enough by it.
+    report: of the last global batch that was placed; None before the first, and while nothing is known.
     """
 
     def __init__(self, layout: BatchLayout, *, group: dist.ProcessGroup, owner: bool):
@@ -74,6 +78,7 @@ class SequencePlacement:
         self._plan: PlacementPlan | None = None
         self._table: AffinityTable | None = None
         self._history: SampleHistory | None = None
+        self.pays = True
         on_cuda = "nccl" in dist.get_backend(group)
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
@@ -84,19 +89,21 @@ class SequencePlacement:
         """
         self._plan, self._table, self._history = plan, table, history
         self._share_RG = table.rank_shares(plan)
+        self.pays = True
 
     def place(self, tokens_NS: np.ndarray | None, ids_N: np.ndarray) -> np.ndarray:
         """int64 [M, micro-batch]: ids of the sequences that this data-parallel rank computes, of the whole global batch.
 
         ids_N: int [N], this data-parallel rank's sequences in default order, micro-batch after micro-batch. tokens_NS: int [N, S], their
-        token ids; read on owners only. Before the first `use`: the default order.
+        token ids; read on owners only. Before the first `use`, and from a batch for which placing gained less
+            than `LEAST_GAIN` to the next `use`: the default order, at no cost.
 
         Collective over the group. With pipeline stages: call it before the step's schedule starts. A later stage asks for its data only
         when activations have come, and would never get them from a first stage that waits for it here.
         """
         start_s, layout = time.perf_counter(), self.layout
         assert len(ids_N) == layout.sequences_per_rank
-        if self._plan is None or len(layout.ep_ranks_DK) == 1:
+        if self._plan is None or not self.pays or len(layout.ep_ranks_DK) == 1:
             return np.asarray(ids_N).reshape(layout.num_micro_batches, -1)
         ids_B = self._gather_rows(np.asarray(ids_N, dtype=np.int64))
         if not np.array_equal(ids_B.reshape(-1, len(ids_N))[layout.data_parallel_rank], ids_N):
@@ -110,6 +117,7 @@ class SequencePlacement:
         placed_B = np.empty_like(ids_B)
         placed_B[cell_B] = ids_B
         self._report(score_BG, cell_B, start_s)
+        self.pays = self.report.placed_share - self.report.default_share >= LEAST_GAIN
         return placed_B.reshape(-1, layout.num_micro_batches, layout.micro_batch_size)[layout.data_parallel_rank]
 
     def _scores(self, tokens_NS: np.ndarray | None, ids_B: np.ndarray) -> np.ndarray:
