@@ -15,7 +15,7 @@ from megatron_scalemoe.errors import ScaleMoEError
 
 DISPATCHES = ("ragged", "padded")
 EXPERTS = ("megatron", "grouped")
-SEQUENCE_PLACEMENTS = ("none", "affinity")
+SEQUENCE_PLACEMENTS = ("none", "affinity", "history")
 DEFAULT_REPLAN_INTERVAL = 50
 
 
@@ -56,7 +56,8 @@ class ScaleMoEConfig:
 
     sequence_placement: str = dataclasses.field(default="none", metadata={"choices": SEQUENCE_PLACEMENTS})
     """Which data-parallel rank computes which sequence of a global batch: `none` leaves it to the sampler; `affinity` places sequences near
-    the experts that their tokens have chosen so far, by token id."""
+    the experts that their tokens have chosen so far, by token id; `history` near those that the same sample chose when it was last seen,
+    where it was, as in epochs."""
 
     trace_path: str | None = None
     """Record the routing into this directory, as `routing.npz` for `scalemoe plan`, one step per --scalemoe-trace-interval."""

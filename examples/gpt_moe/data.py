@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.integration.sampler import SequencePlacement
+from megatron_scalemoe.integration.live_sequences import LiveSequences
 
 VOCAB_SIZE = 256
 MAX_BYTES = 64 * 2**20
@@ -34,19 +34,19 @@ def load_text(data_path: list[str] | None) -> tuple[Tensor, Tensor]:
 
 
 def batches(
-    text: Tensor, seed: int, iteration: int, shape: BatchShape, device: torch.device, placement: SequencePlacement | None = None
+    text: Tensor, seed: int, iteration: int, shape: BatchShape, device: torch.device, sequences: LiveSequences | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """This data-parallel rank's micro-batches of one iteration: `tokens`, `labels` [micro batch, seq], the same for every TP and PP rank.
 
     Draws the whole global batch from (seed, iteration), so that a resumed run, and one with other parallel sizes, sees the same samples.
-    placement: which data-parallel rank computes which of them; it is asked at once, as the ranks of a pipeline do not read in step.
+    sequences: which data-parallel rank computes which of them; it is asked at once, as the ranks of a pipeline do not read in step.
     """
     generator = torch.Generator().manual_seed(_hash(seed, iteration))
     starts = torch.randint(0, len(text) - shape.seq_length, (shape.global_batch_size,), generator=generator)
     mine = starts.reshape(shape.data_parallel_size, -1)[shape.data_parallel_rank]
-    if placement is not None:
+    if sequences is not None:
         tokens = torch.stack([text[start : start + shape.seq_length] for start in mine.tolist()]).numpy()
-        mine = torch.from_numpy(placement.place(tokens, mine.numpy())).reshape(-1)
+        mine = torch.from_numpy(sequences.place(tokens, mine.numpy())).reshape(-1)
     return _windows(text, mine, shape, device)
 
 

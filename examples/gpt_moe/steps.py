@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from model import Training
 from torch import Tensor
 
-from megatron_scalemoe.integration.sampler import SequencePlacement
+from megatron_scalemoe.integration.live_sequences import LiveSequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Data:
     shape: BatchShape
     seed: int
     device: torch.device
-    placement: SequencePlacement | None = None  # of training sequences
+    sequences: LiveSequences | None = None  # of training sequences
 
 
 def train_step(training: Training, data: Data, iteration: int) -> tuple[float, float, bool]:
@@ -33,7 +33,7 @@ def train_step(training: Training, data: Data, iteration: int) -> tuple[float, f
     training.model.train()
     training.model.zero_grad_buffer()
     training.optimizer.zero_grad()
-    micro_batches = batches(data.train, data.seed, iteration, data.shape, data.device, data.placement)
+    micro_batches = batches(data.train, data.seed, iteration, data.shape, data.device, data.sequences)
     loss = _run(training, data, micro_batches, forward_only=False)
     updated, grad_norm, _ = training.optimizer.step()
     training.scheduler.step(increment=1)

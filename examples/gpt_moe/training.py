@@ -36,7 +36,7 @@ def train(args: argparse.Namespace) -> None:
         log = RunLog(args, pathlib.Path(args.results_dir) / args.run_name)
         live = live_balance(args, training, data, log)
         if live is not None and live.sequences is not None:
-            data = dataclasses.replace(data, placement=live.sequences.placement)
+            data = dataclasses.replace(data, sequences=live.sequences)
         first = load(args, training, live)
         save_to = args.save or str(log.directory / "checkpoints")
         train_loop(args, training, live, data, log, first, save_to)

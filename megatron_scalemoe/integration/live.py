@@ -90,9 +90,10 @@ class LiveBalance:
             self.plan = PlacementPlan.contiguous(len(self.layers), ranks, experts, replica_slots_per_rank=spare)
             self.adopt(live_plans.stage_plan(whole, self._rows))
         self.sequences: LiveSequences | None = None
-        if scalemoe.sequence_placement == "affinity":
-            sizes = {"micro_batches": micro_batches, "micro_batch_size": micro_batch_size}
-            self.sequences = LiveSequences(model_chunks, self.layers, config, self._whole_plan(), **sizes)
+        if scalemoe.sequence_placement != "none":
+            options = {"by_history": scalemoe.sequence_placement == "history", "micro_batches": micro_batches}
+            options["micro_batch_size"] = micro_batch_size
+            self.sequences = LiveSequences(model_chunks, self.layers, config, self._whole_plan(), **options)
 
     @property
     def _rows(self) -> list[int]:

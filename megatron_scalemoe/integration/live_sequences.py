@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -14,13 +15,14 @@ from megatron_scalemoe.integration.live_layers import LiveLayer
 from megatron_scalemoe.integration.sampler import SequencePlacement, megatron_layout
 from megatron_scalemoe.plan import PlacementPlan
 from megatron_scalemoe.traffic.affinity import AffinityTable, stacked_hosts
+from megatron_scalemoe.traffic.sample_history import SampleHistory
 
 # Of what was learnt before, at each update: routing drifts.
 _KEEP = 0.5
 
 
 class LiveSequences:
-    """Owns the learner and its table. plan: of the whole model. placement: what the data loader asks, on every rank of the job."""
+    """Owns the learner, its table and the history of samples. plan: of the whole model. by_history: whether samples are remembered."""
 
     def __init__(
         self,
@@ -29,6 +31,7 @@ class LiveSequences:
         config: TransformerConfig,
         plan: PlacementPlan,
         *,
+        by_history: bool,
         micro_batches: int,
         micro_batch_size: int | None,
     ):
@@ -41,12 +44,21 @@ class LiveSequences:
         self.placement = SequencePlacement(megatron_layout(micro_batches, micro_batch_size), group=dist.group.WORLD, owner=owner)
         self._table = AffinityTable.empty(model.vocab_size, plan.num_layers, config.num_moe_experts, config.moe_router_topk)
         self._learner = AffinityLearner(model, {live.row: live.layer.router for live in layers}, self._table)
+        self._history = SampleHistory(plan.num_layers, config.num_moe_experts) if by_history else None
         self._learner.set_plan(plan)
-        self._plan = plan
+        self._plan, self._iteration = plan, 0
 
     def start_step(self, iteration: int) -> None:
         """Call before each training step."""
+        self._iteration = iteration
         self._learner.start_step(iteration)
+
+    def place(self, tokens_NS: np.ndarray, ids_N: np.ndarray) -> np.ndarray:
+        """As `SequencePlacement.place`. To be called once before each training step, not ahead: the ids are those of the step's choices."""
+        placed = self.placement.place(tokens_NS, ids_N)
+        if self._history is not None:
+            self._learner.start_step(self._iteration, placed)
+        return placed
 
     def update(self, plan: PlacementPlan) -> dict:
         """Place by what was learnt until now, and by this plan of the whole model. Figures since the last update. Collective over all.
@@ -58,6 +70,8 @@ class LiveSequences:
         if report is not None:
             figures |= {"moved_sequences": report.moved_sequences, "placing_ms": report.time_s * 1e3, "pays": self.placement.pays}
             figures |= {"default_share": report.default_share, "placed_share": report.placed_share}
+        if self._history is not None:
+            self._learner.record_samples(self._history)
         self._table = self._learner.sync(self._table, dist.group.WORLD, keep=_KEEP)
         figures["uniform_share"] = _uniform_share(self._table, self._plan)
         self._use(plan)
@@ -71,7 +85,7 @@ class LiveSequences:
     def _use(self, plan: PlacementPlan) -> None:
         self._plan = plan
         self._learner.set_plan(plan)
-        self.placement.use(plan, self._table)
+        self.placement.use(plan, self._table, self._history)
 
     def close(self) -> None:
         self._learner.close()

@@ -41,17 +41,15 @@ def make_live(setup: Setup, config: ScaleMoEConfig) -> tuple[Training, LiveBalan
     sizes = {"micro_batches": setup.micro_batches, "micro_batch_size": samples}
     live = LiveBalance([training.model], training.optimizer, training.config, config, **sizes, say=lambda _: None)
     if live.sequences is not None:
-        training.placement = live.sequences.placement
+        training.placement = live.sequences
     return training, live
 
 
 def random_losses(
-    setup: Setup, steps: int, replicas_in_all: int, replan_every: int, migrate_every: int, *, planted: str = "", place: bool = False
+    setup: Setup, steps: int, replicas_in_all: int, replan_every: int, migrate_every: int, *, planted: str = "", place: str = "none"
 ) -> list[float]:
-    """Losses with random new replicas, and random new homes, every so many steps. planted: a mistake to make. place: sequences, too."""
-    config = ScaleMoEConfig(
-        replicas=replicas_in_all, replan_interval=0, migrate=True, sequence_placement="affinity" if place else "none", trace_interval=1
-    )
+    """Losses with random new replicas, and random new homes, every so many steps. planted: a mistake to make. place: sequences by what."""
+    config = ScaleMoEConfig(replicas=replicas_in_all, replan_interval=0, migrate=True, sequence_placement=place, trace_interval=1)
     with _planted(planted):
         training, live = make_live(setup, config)
         rng = np.random.default_rng(setup.seed)
@@ -62,9 +60,9 @@ def random_losses(
             moves = step % migrate_every == 0
             if moves or step % replan_every == 0:
                 assert live.adopt(random_plan(live.plan, rng, permute=moves)), live.events
-                if place:
+                if live.sequences is not None:
                     moved_sequences += live.sequences.update(live._whole_plan()).get("moved_sequences", 0)
-        assert not place or moved_sequences > 0
+        assert live.sequences is None or moved_sequences > 0
         live.close()
     return losses
 

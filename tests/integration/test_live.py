@@ -58,9 +58,10 @@ def test_bf16():
     assert difference(on_ranks(2, "random_losses", options, SHORT, 4, 5, 10)[0], 2, options) <= 2e-2
 
 
-def test_sequence_placement_keeps_the_loss():
+@pytest.mark.parametrize("place", ["affinity", "history"])
+def test_sequence_placement_keeps_the_loss(place):
     options = {"ep": 2}
-    losses = on_ranks(2, "random_losses", options, SHORT, 4, 5, 10, place=True)[0]
+    losses = on_ranks(2, "random_losses", options, SHORT, 4, 5, 10, place=place)[0]
     assert difference(losses, 2, options) <= 1e-4
 
 
