@@ -7,10 +7,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_scalemoe.cli import bench_solvers, bench_split
+from megatron_scalemoe.cli import bench_live, bench_solvers, bench_split
 from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
 from megatron_scalemoe.cli.torchrun import run_ranks
-from megatron_scalemoe.environment import describe_environment, installed_version
+from megatron_scalemoe.cli.train_extra import require_train_extra
+from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_output
 from megatron_scalemoe.units import format_bytes
@@ -44,6 +45,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which all ranks are stopped (default %(default)g)")
     add_output_flags(parser)
     parser.set_defaults(handler=run_dispatch)
+    bench_live.add_parser(kinds)
     bench_solvers.add_parser(kinds)
     bench_split.add_parser(kinds)
 
@@ -52,7 +54,7 @@ def run_dispatch(args: argparse.Namespace) -> int:
     """Launches the ranks and reports. Exit code 3 if a dispatcher's results differ from the baseline's."""
     validate(args)
     check_output(args.output, force=args.force)
-    _require_train_extra()
+    require_train_extra("scalemoe bench dispatch")
     with tempfile.TemporaryDirectory(prefix="scalemoe-bench-") as folder:
         result_file = Path(folder) / "result.json"
         arguments = worker_arguments(args, result_file)
@@ -110,13 +112,3 @@ def format_result(result: dict) -> str:
         for row in result["rows"]
     ]
     return format_table(headers, rows)
-
-
-def _require_train_extra() -> None:
-    missing = [name for name in ("torch", "megatron-core", "psutil") if installed_version(name) is None]
-    if missing:
-        raise ScaleMoEError(
-            "scalemoe bench dispatch needs the train extra",
-            found=f"not installed: {', '.join(missing)}",
-            try_="pip install 'megatron-scalemoe[train]'",
-        )

@@ -8,14 +8,15 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_scalemoe.cli.common import OK
+from megatron_scalemoe.cli.common import OK, format_table
 from megatron_scalemoe.cli.cost_flags import add_cost_flags, cost_from_args
 from megatron_scalemoe.files import check_output, write_atomically
 from megatron_scalemoe.units import format_bytes
 
 DESCRIPTION = """\
 Reads topologies (YAML), traces (npz), plans (JSON) and what `plan`, `simulate`, `compare` and `bench` print with --json, all directly in
-RUN_DIR, and writes one HTML page with figures, tables and provenance that works offline. Files are recognised by what is in them."""
+RUN_DIR, and the training runs in it (folders with the config.json and train.json of examples/gpt_moe; RUN_DIR may be one). Writes one HTML
+page with figures, tables and provenance that works offline. Files are recognised by what is in them."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_scalemoe.report.collect import collect
     from megatron_scalemoe.report.figures import report_style
     from megatron_scalemoe.report.html import make_report
+    from megatron_scalemoe.report.training_section import TRAINING
 
     output = args.output or args.run_dir / "report.html"
     if args.run_dir.is_dir():
@@ -55,11 +57,13 @@ def run(args: argparse.Namespace) -> int:
     command = shlex.join(["scalemoe", *sys.argv[1:]])
     page, story = make_report(found, cost, command=command, date=datetime.datetime.now(datetime.timezone.utc), progress=progress)
     write_atomically(output, page, force=args.force)
+    tables = [section.panels[0].table for section in story.sections if section.id == TRAINING]
     result = {
         "report": str(output),
         "bytes": len(page.encode()),
         "summary": story.summary,
         "files": [{"name": row.name, "kind": row.kind} for row in found.files],
+        "training": [dict(zip(table.headers, row, strict=True)) for table in tables for row in table.rows],
         "figures": [panel.title for section in story.sections for panel in section.panels],
         "warnings": story.warnings,
         "damaged": [{"name": name, "error": error} for name, error in found.damaged],
@@ -73,6 +77,8 @@ def format_result(result: dict) -> str:
     """What people read."""
     figures, files = len(result["figures"]), len(result["files"])
     lines = [result["summary"], f"{result['report']}: {figures} figures from {files} files, {format_bytes(result['bytes'])}"]
+    if runs := result["training"]:
+        lines += ["", format_table(list(runs[0]), [list(run.values()) for run in runs]), ""]
     lines += [f"warning: damaged, left out: {damaged['error']}" for damaged in result["damaged"]]
     lines += [f"warning: {warning}" for warning in result["warnings"]]
     if result["unrecognised"]:

@@ -88,8 +88,9 @@ def row_model(problem: LayerProblem, *, group_ranks: tuple[int, int] = (1, 1)) -
     counts_GE, ports = problem.traffic.counts, problem.ports
     in_node_GN = (ports.node_of_rank[:, None] == np.arange(ports.num_nodes)).astype(np.float64)
     counts_NE, load_E = in_node_GN.T @ counts_GE, problem.load
-    near_EG = (counts_NE[ports.node_of_rank] - counts_GE).T
-    far_EN = load_E[:, None] - counts_NE.T
+    # Mean counts are no whole numbers: their differences may come out below 0, where the ratios' iterations would never end.
+    near_EG = np.maximum((counts_NE[ports.node_of_rank] - counts_GE).T, 0.0)
+    far_EN = np.maximum(load_E[:, None] - counts_NE.T, 0.0)
     slots = (problem.homes_per_rank + problem.replica_slots_per_rank) * group_ranks[1]
     # Shares of replicas may leave all of a group's load to one expert.
     at_least = 1 if problem.replicas else problem.homes_per_rank * group_ranks[0]

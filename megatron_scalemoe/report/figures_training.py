@@ -89,6 +89,8 @@ def loss_panel(runs: Sequence[TrainingRun]) -> Panel:
             axes[1].set(xlabel="iteration", title=f"difference to {label(reference.name)}", xlim=axes[0].get_xlim())
             if any(part.size for part in visible):
                 axes[1].set_yscale("log")
+                axes[1].yaxis.set_major_formatter("{x:.0e}")
+                axes[1].yaxis.set_minor_formatter("")
             else:
                 axes[1].text(0.5, 0.5, "none: equal to the last bit", ha="center", transform=axes[1].transAxes)
         for axis in axes:
@@ -151,6 +153,8 @@ def balance_panel(runs: Sequence[TrainingRun]) -> Panel | None:
         svg = to_svg(figure, "training-balance")
     title = _balance_finding(shown)
     note = "Rows that each rank's experts computed, mean over the MoE layers and the iterations of a report; 1 is perfect balance. "
+    if padded := [run.name for run in runs if run.is_padded]:
+        note += f"Not drawn: {', '.join(padded)}, where padding makes every rank compute as many rows as the busiest. "
     return Panel(title, f"Curves of the load's balance in {len(shown)} runs. {title}.", svg, balance_table(runs), note + _left(runs))
 
 

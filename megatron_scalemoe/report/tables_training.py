@@ -14,8 +14,8 @@ _NONE = "–"
 
 def runs_table(runs: Sequence[TrainingRun]) -> Table:
     """All figures of all runs."""
-    headers = ["run", "what is on", "tokens/s", "speed", "mean tokens/s", "final loss", "largest loss difference", "max/mean load"]
-    headers += ["replicas, ms a step", "replanning, ms a step", "new plans", "homes moved"]
+    headers = ["run", "tokens/s", "speed", "mean", "final loss", "loss difference", "max/mean load"]
+    headers += ["replicas, ms", "replanning, ms", "new plans", "moves", "what is on"]
     reference = runs[0].speed()[0]
     rows = []
     for run in runs:
@@ -24,7 +24,6 @@ def runs_table(runs: Sequence[TrainingRun]) -> Table:
         rows.append(
             [
                 run.name,
-                run.techniques,
                 f"{median:,.0f}",
                 f"{format_ratio(median / reference)}x",
                 f"{mean:,.0f}",
@@ -35,9 +34,11 @@ def runs_table(runs: Sequence[TrainingRun]) -> Table:
                 _NONE if exposed_ms is None else f"{exposed_ms:.1f}",
                 f"{len(run.new_plans)} of {len(run.replans)}" if run.replans else "0",
                 str(sum(replan.moved_homes for replan in run.new_plans)),
+                run.techniques,
             ]
         )
-    caption = f"Training runs; speed, load and times: second half; loss difference: to {runs[0].name}, at equal iterations"
+    caption = f"Training runs. Speed, load and times per step: of the second half. Loss difference: the largest to {runs[0].name} at equal "
+    caption += "iterations. Mean: tokens/s with all pauses. Moves: of homes of experts"
     return Table(headers, rows, caption)
 
 
@@ -67,21 +68,13 @@ def loss_table(runs: Sequence[TrainingRun]) -> Table:
 
 def balance_table(runs: Sequence[TrainingRun]) -> Table:
     """Balance of the ranks, and what was changed for it."""
-    headers = [
-        "run",
-        "max/mean, first report",
-        "second half",
-        "per step, mean",
-        "per step, p95",
-        "new plans",
-        "replicas added",
-        "homes moved",
-    ]
-    headers += ["longest change of plan, ms"]
+    headers = ["run", "max/mean, first report", "second half", "per step, mean", "per step, p95"]
+    headers += ["new plans", "replicas added", "homes moved", "longest change, ms", "local share"]
     rows = []
     for run in runs:
         per_step: list[Callable] = [lambda i: i.max_over_mean, lambda i: i.max_over_mean_p95]
         intervals, plans, load = run.late_intervals(), run.new_plans, run.load()
+        locality = run.locality()
         first = run.load_N[~np.isnan(run.load_N)][:1]
         rows.append(
             [
@@ -93,6 +86,7 @@ def balance_table(runs: Sequence[TrainingRun]) -> Table:
                 str(sum(plan.replicas_added for plan in plans)),
                 str(sum(plan.moved_homes for plan in plans)),
                 f"{1e3 * max(plan.took_s for plan in plans):.0f}" if plans else _NONE,
+                "{:.1%}, by chance {:.1%}".format(*locality) if locality else _NONE,
             ]
         )
     return Table(headers, rows, "Balance of the ranks' load: largest / mean; per step: each single step's, of the second half")

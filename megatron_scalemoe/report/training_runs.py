@@ -21,7 +21,10 @@ _HARDWARE = ("cpu", "gpu", "cores", "system", "torch", "megatron_core")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interval:
-    """Live balance's figures of some steps up to `iteration`; times are means per step, of the slowest rank."""
+    """Live balance's figures of some steps up to `iteration`; times are means per step, of the slowest rank.
+
+    local_share: of the selections, those computed on the rank of their token; uniform_share: what chance gives. None where not measured.
+    """
 
     iteration: int
     steps: int
@@ -29,6 +32,8 @@ class Interval:
     exposed_ms: float
     max_over_mean: float
     max_over_mean_p95: float
+    local_share: float | None
+    uniform_share: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,8 @@ class Replan:
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class TrainingRun:
     """One run. N reported iterations, in order: iteration_N int64, each the last of the steps that it reports; means over these steps:
-    lm_loss_N, tokens_per_s_N, load_N (max/mean load of the ranks; NaN where it was not recorded), all float64.
+    lm_loss_N, tokens_per_s_N, load_N (max/mean load of the ranks; NaN where it was not recorded), all float64. With padding every rank
+    computes as many rows as the busiest: no load is told then.
 
     failures: what live balance could not do, in words. env: of `describe_environment`.
     """
@@ -65,7 +71,11 @@ class TrainingRun:
     @property
     def is_baseline(self) -> bool:
         """Whether this is stock Megatron, or the padded exchange of Tutel's kind."""
-        return self.is_stock or self.options.get("scalemoe_dispatch") == "padded"
+        return self.is_stock or self.is_padded
+
+    @property
+    def is_padded(self) -> bool:
+        return self.options.get("scalemoe_dispatch") == "padded"
 
     @property
     def is_stock(self) -> bool:
@@ -79,7 +89,7 @@ class TrainingRun:
             return f"stock {o.get('moe_token_dispatcher_type', '')}".strip()
         parts = [o.get("scalemoe_dispatch") or "ragged"]
         parts += [f"{o['scalemoe_replicas']} replicas"] if o.get("scalemoe_replicas") else []
-        parts += ["sequence placement"] if o.get("scalemoe_sequence_placement") == "affinity" else []
+        parts += ["sequences"] if o.get("scalemoe_sequence_placement") == "affinity" else []
         parts += ["migration"] if o.get("scalemoe_migrate") else []
         parts += [f"plan {Path(str(o['scalemoe_plan'])).name}"] if o.get("scalemoe_plan") else []
         parts += [f"options of {Path(str(o['scalemoe_config'])).name}"] if o.get("scalemoe_config") else []
@@ -116,6 +126,11 @@ class TrainingRun:
         intervals = self.late_intervals()
         steps = sum(interval.steps for interval in intervals)
         return sum(getattr(interval, field) * interval.steps for interval in intervals) / steps if steps else None
+
+    def locality(self) -> tuple[float, float] | None:
+        """(local share, what chance gives), mean of the second half; None if it was not measured."""
+        shares = [(i.local_share, i.uniform_share) for i in self.late_intervals() if i.local_share is not None and i.uniform_share]
+        return (float(np.mean([s for s, _ in shares])), float(np.mean([u for _, u in shares]))) if shares else None
 
     @property
     def new_plans(self) -> list[Replan]:
@@ -178,21 +193,22 @@ def read_training_run(folder: Path, name: str) -> TrainingRun:
         document.check_schema()
     options, env = config.get(("args",), dict), config.get(("env",), dict)
     config.get(("args", "moe_dispatcher"), str)
-    steps = _reports(train)
+    reports = _reports(train)
     intervals, replans, failures = _events(train)
-    return TrainingRun(
+    run = TrainingRun(
         name=name,
         options=options,
         env=env,
-        iteration_N=np.array([step[0] for step in steps], dtype=np.int64),
-        lm_loss_N=np.array([step[1] for step in steps]),
-        tokens_per_s_N=np.array([step[2] for step in steps]),
-        load_N=np.array([step[3] for step in steps]),
+        iteration_N=np.array([report[0] for report in reports], dtype=np.int64),
+        lm_loss_N=np.array([report[1] for report in reports]),
+        tokens_per_s_N=np.array([report[2] for report in reports]),
+        load_N=np.array([report[3] for report in reports]),
         validation=_validation(train),
         intervals=intervals,
         replans=replans,
         failures=failures,
     )
+    return dataclasses.replace(run, load_N=np.full_like(run.load_N, np.nan), intervals=[]) if run.is_padded else run
 
 
 def _reports(train: Document) -> list[tuple[int, float, float, float]]:
@@ -231,11 +247,16 @@ def _events(train: Document) -> tuple[list[Interval], list[Replan], list[str]]:
         elif kind == "replan":
             replans.append(Replan(**_fields(train, at, Replan)))
         elif "reason" in event:
-            where = f"iteration {event['iteration']}: " if "iteration" in event else ""
-            failures.append(f"{where}{kind}: {train.get((*at, 'reason'), str)}")
+            where = f"at iteration {event['iteration']}" if "iteration" in event else ""
+            failures.append(f"{kind} {where}: {' '.join(train.get((*at, 'reason'), str).split())}")
     return intervals, replans, failures
 
 
 def _fields(train: Document, at: tuple, kind: type) -> dict:
     types = {"int": int, "float": float, "bool": bool}
-    return {field.name: train.get((*at, field.name), types[str(field.type)]) for field in dataclasses.fields(kind)}
+    found = {}
+    for field in dataclasses.fields(kind):
+        name, _, optional = str(field.type).partition(" | ")
+        missing = optional and train.get(at, dict).get(field.name) is None
+        found[field.name] = None if missing else train.get((*at, field.name), types[name])
+    return found

@@ -9,6 +9,8 @@ from megatron_scalemoe.report.page import Section, Tile
 from megatron_scalemoe.report.tables_training import difference_text
 from megatron_scalemoe.report.training_runs import TrainingRun, differing_options, fastest, hardware, loss_difference
 
+TRAINING = "training"
+
 
 def training_section(runs: Sequence[TrainingRun]) -> Section | None:
     """Figures and the table; None without runs. runs: as `in_order` puts them."""
@@ -18,7 +20,7 @@ def training_section(runs: Sequence[TrainingRun]) -> Section | None:
     ranks = "expert-parallel size " + ", ".join(sorted({str(run.options.get("expert_model_parallel_size", "?")) for run in runs}))
     lead = f"Measured, {ranks}, on {'; and on '.join(on)}. The first run, {runs[0].name}, is what the others are compared with."
     panels = [speed_panel(runs), loss_panel(runs), balance_panel(runs)]
-    return Section("training", "Training runs", lead, [panel for panel in panels if panel is not None])
+    return Section(TRAINING, "Training runs", lead, [panel for panel in panels if panel is not None])
 
 
 def training_warnings(runs: Sequence[TrainingRun]) -> list[str]:
@@ -31,7 +33,9 @@ def training_warnings(runs: Sequence[TrainingRun]) -> list[str]:
             warnings.append(f"{run.name} and {runs[0].name} were measured on different machines or software: their speeds do not compare.")
         if run.options.get("scalemoe_force_skew") is not None:
             warnings.append(f"{run.name} draws its experts (--scalemoe-force-skew): its loss means nothing.")
-        warnings += [f"{run.name}: {failure}" for failure in run.failures]
+        if run.failures:
+            more = f", and {len(run.failures) - 1} more like it" if len(run.failures) > 1 else ""
+            warnings.append(f"{run.name}: {run.failures[0]}{more}")
     return warnings
 
 

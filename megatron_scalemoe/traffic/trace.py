@@ -131,13 +131,13 @@ class RoutingTrace:
         return pairs * (selections / sampled if sampled > 0 else 1.0 / self.num_steps)
 
 
-def save_trace(trace: RoutingTrace, path: Path, *, force: bool = False) -> None:
-    """Writes `counts`, `coactivation` (if any) and `meta` (JSON text) as compressed npz, atomically."""
+def save_trace(trace: RoutingTrace, path: Path, *, force: bool = False, compress: bool = True) -> None:
+    """Writes `counts`, `coactivation` (if any) and `meta` (JSON text) as npz, atomically. Compressing takes much longer than writing."""
     arrays = {"counts": trace.counts, "meta": np.array(json.dumps({**trace.meta, "schema_version": SCHEMA_VERSION}))}
     if trace.coactivation is not None:
         arrays["coactivation"] = trace.coactivation
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    (np.savez_compressed if compress else np.savez)(buffer, **arrays)
     write_atomically(path, buffer.getvalue(), force=force)
 
 

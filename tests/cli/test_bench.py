@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_scalemoe.cli import bench
+from megatron_scalemoe.cli import bench, train_extra
 from megatron_scalemoe.cli.main import build_parser, main
 
 
@@ -35,7 +35,7 @@ def fake_ranks(monkeypatch):
             Path(arguments[arguments.index("--result-file") + 1]).write_text(json.dumps({"rows": rows}))
 
         monkeypatch.setattr(bench, "run_ranks", run_ranks)
-        monkeypatch.setattr(bench, "_require_train_extra", lambda: None)
+        monkeypatch.setattr(bench, "require_train_extra", lambda command: None)
         return calls
 
     return answer_with
@@ -78,7 +78,7 @@ def test_an_existing_output_is_refused_before_anything_runs(tmp_path, capsys, fa
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "installed_version", lambda name: None if name == "psutil" else "1")
+    monkeypatch.setattr(train_extra, "installed_version", lambda name: None if name == "psutil" else "1")
     assert main(["bench", "dispatch"]) == 1
     assert "not installed: psutil" in capsys.readouterr().err
 

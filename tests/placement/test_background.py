@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from megatron_scalemoe.errors import ScaleMoEError
@@ -78,23 +80,39 @@ def test_a_late_plan_is_an_error(planner):
     assert not planner.busy
 
 
-def test_it_ends_with_its_parent(tmp_path):
-    """The parent is killed: the planner ends, and removes its files."""
-    code = """
-import dataclasses, json, time
+@pytest.mark.parametrize("when", ["at work", "answered", "at work, and its group was terminated"])
+def test_it_ends_with_its_parent(tmp_path, when):
+    """The parent is killed, perhaps after its process group got a SIGTERM, as in torchrun: the planner ends, and removes its files."""
+    budget_s = 1.0 if when == "answered" else 60.0
+    code = f"""
+import dataclasses, json, signal, time
 from megatron_scalemoe.placement.background import BackgroundPlanner
 from tests.placement.test_replan import COST, OPTIONS, PORTS, start, zipf_trace
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 planner = BackgroundPlanner()
-planner.submit(zipf_trace(0), start(), PORTS, COST, dataclasses.replace(OPTIONS, migrate=True, time_budget_s=60.0))
+planner.submit(zipf_trace(0), start(), PORTS, COST, dataclasses.replace(OPTIONS, migrate=True, time_budget_s={budget_s}))
+if {when == "answered"}:
+    planner.wait(60)
 print(json.dumps([planner._process.pid, str(planner._directory)]), flush=True)
 time.sleep(60)
 """
+    command = [sys.executable, "-c", code]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True) as parent:
         pid, directory = json.loads(parent.stdout.readline())
         assert pathlib.Path(directory).exists()
+        if "terminated" in when:
+            os.killpg(parent.pid, signal.SIGTERM)
         parent.kill()
     deadline = time.monotonic() + 30
     while (pathlib.Path(f"/proc/{pid}").exists() or pathlib.Path(directory).exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not pathlib.Path(directory).exists()
+
+
+def test_ports_without_a_limit_reach_it(planner):
+    """As the ports between nodes of a topology that has only one node."""
+    unlimited = {name: np.full_like(getattr(PORTS, name), np.inf) for name in ("node_in_GBps", "node_out_GBps")}
+    planner.submit(zipf_trace(0), start(), dataclasses.replace(PORTS, **unlimited), COST, OPTIONS)
+    planner.wait(timeout_s=60)
+    assert planner.poll() is not None

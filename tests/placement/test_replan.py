@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.policy import ReplanPolicy
 from megatron_scalemoe.placement.replan import ReplanOptions, replan
 from megatron_scalemoe.plan import PlacementPlan
@@ -96,3 +97,46 @@ def test_layers_without_tokens():
     counts[:, 1] = 0
     result = replan(RoutingTrace(counts, None, {"topk": 2}), start(), PORTS, COST, dataclasses.replace(OPTIONS, migrate=True))
     assert result.plan.num_replicas[1] == 0 and result.changed
+
+
+def test_only_layers_that_gain_change():
+    """The routing of one layer changes; the others keep their slots."""
+    first = replan(zipf_trace(1), start(), PORTS, COST, OPTIONS).plan
+    counts = zipf_trace(1).counts.copy()
+    counts[:, 0] = zipf_trace(7).counts[:, 0]
+    after = replan(RoutingTrace(counts, None, {"topk": 2}), first, PORTS, COST, OPTIONS).plan
+    assert (after.physical_to_logical != first.physical_to_logical).any(axis=1).tolist() == [True] + [False] * (LAYERS - 1)
+
+
+def test_homes_move_in_layers_that_need_it():
+    trace, old = bad_homes()
+    counts = trace.counts.copy()
+    counts[:, 0] = counts[:, 0].mean(axis=-1, keepdims=True).astype(np.int32)
+    options = dataclasses.replace(OPTIONS, replicas=0, migrate=True)
+    plan = replan(RoutingTrace(counts, None, {"topk": 2}), old, PORTS, COST, options).plan
+    moved_L = (plan.home_rank != old.home_rank).sum(axis=1)
+    assert moved_L[0] == 0 and (moved_L[1:] >= 3).all()
+
+
+def test_slots_are_added_where_the_plan_has_fewer():
+    result = replan(zipf_trace(0), start(0), PORTS, COST, OPTIONS)
+    assert result.plan.slots_per_rank == result.plan.homes_per_rank + 1
+    assert result.replicas_added > 0
+
+
+@pytest.mark.parametrize(("options", "words"), [({"replicas": 6}, "multiple"), ({"replicas": 0}, "at least the 4 slots")])
+def test_slots_that_do_not_fit_are_refused(options, words):
+    with pytest.raises(ScaleMoEError, match=words):
+        replan(zipf_trace(0), start(), PORTS, COST, dataclasses.replace(OPTIONS, **options))
+
+
+@pytest.mark.parametrize("name", ["replicas", "seed", "time_budget_s"])
+def test_options_out_of_range_are_refused(name):
+    with pytest.raises(ScaleMoEError, match=name):
+        dataclasses.replace(OPTIONS, **{name: -1})
+
+
+def test_trace_and_plan_of_other_shapes_are_refused():
+    trace = zipf_trace(0)
+    with pytest.raises(ScaleMoEError, match="same layers"):
+        replan(RoutingTrace(trace.counts[:, :2], None, trace.meta), start(), PORTS, COST, OPTIONS)

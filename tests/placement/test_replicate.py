@@ -16,7 +16,13 @@ from megatron_scalemoe.placement.replicate import add_replicas
 from megatron_scalemoe.placement.replicate_drift import plausible_loads
 from megatron_scalemoe.placement.replicate_moves import draw_moves, moved
 from megatron_scalemoe.placement.replicate_search import improve, lower_bounds
-from megatron_scalemoe.placement.replicate_start import balanced_homes, chained_replicas, copies_by_load, packed_replicas
+from megatron_scalemoe.placement.replicate_start import (
+    balanced_homes,
+    chained_replicas,
+    copies_by_load,
+    packed_beside_homes,
+    packed_replicas,
+)
 from megatron_scalemoe.plan import PlacementPlan
 from megatron_scalemoe.split import balanced_max_load
 from megatron_scalemoe.topology.ports import two_level_ports
@@ -287,3 +293,49 @@ def test_of_many_recorded_steps_some_are_taken_evenly_the_last_among_them(steps)
     assert len(set(taken)) == len(taken)
     assert np.ptp(np.diff(taken)) <= 1 if len(taken) > 1 else True
     assert np.isclose(weights.sum(), 1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(problems(), st.integers(0, 100), st.booleans())
+def test_fixed_homes_stay_and_replicas_are_valid(problem, seed, with_old):
+    rng = np.random.default_rng(seed)
+    homes = rng.permutation(contiguous(problem.num_experts, problem.num_ranks))
+    limits = {"replicas": problem.replicas, "per_rank": problem.replica_slots_per_rank}
+    old = packed_beside_homes(rng.random(homes.size), homes, problem.ports.node_of_rank, own_node=bool(seed % 2), **limits)
+    check_valid(old, **limits)
+    solution = add_replicas(problem, homes, rng=rng, deadline=math.inf, fixed_homes=True, old=old if with_old else None)
+    assert np.array_equal(solution.home_rank, homes)
+    check_valid(solution, **limits)
+    assert cost_of(problem, solution) <= cost_of(problem, Solution.without_replicas(homes, problem.num_ranks)) * (1 + 1e-9)
+
+
+def test_moves_beside_fixed_homes_change_replicas_only():
+    rng = np.random.default_rng(16)
+    changed = 0
+    for _ in range(30):
+        solution = random_solution(rng, 4, 2, 2)
+        for move in draw_moves(solution, np.eye(4, dtype=bool), np.ones(4), 40, replicas=8, per_rank=2, rng=rng, fixed_homes=True):
+            after = moved(solution, move)
+            check_valid(after, 8, 2)
+            assert np.array_equal(after.home_rank, solution.home_rank)
+            changed += bool((after.hosts != solution.hosts).any())
+    assert changed > 100
+
+
+def test_replicas_alone_even_out_bad_homes():
+    """Hot experts all on one rank: replicas alone must even that out."""
+    loads = np.full((1, 32), 10.0)
+    loads[0, :4] = 400
+    problem = layer_problem(loads, 8, 16, nodes=2)
+    solution = add_replicas(problem, contiguous(32, 8), rng=np.random.default_rng(0), deadline=math.inf, fixed_homes=True)
+    assert max_over_mean(loads[0], solution.hosts) < 1.02
+    bare = Solution.without_replicas(contiguous(32, 8), 8)
+    assert max_over_mean(loads[0], bare.hosts) > 6
+
+
+def test_packed_beside_homes_on_the_own_node_only_where_asked():
+    load_E, node_G = np.array([90.0, 1, 1, 1]), np.array([0, 0, 1, 1])
+    near = packed_beside_homes(load_E, np.arange(4), node_G, replicas=3, per_rank=1, own_node=True)
+    assert near.hosts[0].tolist() == [True, True, False, False]
+    anywhere = packed_beside_homes(load_E, np.arange(4), node_G, replicas=3, per_rank=1, own_node=False)
+    assert anywhere.hosts[0].all()
