@@ -16,6 +16,7 @@ Prints a line per kill on stderr, then a table (or, with --json, everything). Ex
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -52,7 +53,7 @@ LOSS_TOLERANCE = 1e-4
 # Relative to a tensor's largest value. Sums in another order are 1e-7 apart at first; different experts' moments at least 1e-3, their
 # weights 0.7.
 WEIGHT_TOLERANCE = 1e-3
-MOST_ITERATIONS = 40  # of a run that should have been killed; the moments come long before
+MOST_ITERATIONS = 60  # of a run that should have been killed; the moments come long before
 REFERENCE_CHUNK = 200
 START_LIMIT_S, END_LIMIT_S = 300.0, 60.0
 TOKEN = "SCALEMOE_KILL_CAMPAIGN"  # in the environment of all processes of a job
@@ -111,8 +112,7 @@ class Campaign:
             faults += checks.survivor_faults(outcome.errors, kill.rank)
         if (outcome.code == 0) == bool(kill.moment):
             faults.append(f"exit code {outcome.code}")
-        if outcome.log.losses or kill.moment not in ("checkpoint read", "plan resumed"):  # these come before the first line
-            faults += checks.resume_faults(outcome.log, before)
+        faults += checks.resume_faults(outcome.log, before)
         faults += checks.loss_faults(outcome.log.losses, self.reference, LOSS_TOLERANCE)
         now = latest_iteration(self.save)
         faults += checks.tracker_faults(before, now, outcome.log, SAVE_INTERVAL)
@@ -155,8 +155,9 @@ class Campaign:
                 return killed_s, False
             if killed_s:
                 continue
-            if kill.moment == checks.ANYWHERE and not kill_at_s and " iteration " in _output(logs, 0, "stdout"):
-                kill_at_s = now_s + kill.delay_s
+            if kill.moment == checks.ANYWHERE and not kill_at_s:
+                trained = len(checks.read_log(_output(logs, 0, "stdout")).losses)
+                kill_at_s = now_s + kill.delay_s if trained >= kill.occurrence else 0.0
             if kill_at_s and now_s > kill_at_s and _kill_rank(process.pid, kill.rank):
                 killed_s = now_s
             elif kill.moment and marker.exists():
@@ -261,9 +262,10 @@ def main() -> int:
     try:
         check_output(args.output, force=args.force)
         kills = checks.choose_kills(args.kills, RANKS, args.seed)
-        with tempfile.TemporaryDirectory(prefix="scalemoe-kills-") as temporary:
-            directory = args.directory or Path(temporary)
-            directory.mkdir(parents=True, exist_ok=directory == Path(temporary))
+        with contextlib.ExitStack() as stack:
+            directory = args.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scalemoe-kills-")))
+            if args.directory is not None:
+                directory.mkdir(parents=True)
             result = run_campaign(directory.resolve(), kills, args.seed)
         emit(args, result, table(result))
     except ScaleMoEError as error:

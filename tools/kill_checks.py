@@ -16,8 +16,9 @@ from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.plan import load_plan
 
 ANYWHERE = "anywhere"
-# How often each comes in the first iterations of a restarted run, at least on rank 0: the kill is at one of these.
+# How often each comes, at least, in the first 25 iterations of a restarted run: the kill is at one of these.
 MOMENTS = {
+    ANYWHERE: 20,
     "after the optimizer step": 20,
     "replica parameters leave": 40,
     "replica gradients return": 40,
@@ -42,13 +43,13 @@ MOMENTS = {
 }
 _ON_RANK_0 = {"renamed, not yet the latest", "checkpoint published"}
 _NEED_CHECKPOINT = {"checkpoint read", "plan resumed"}
-_ANYWHERE_SHARE, _LONGEST_DELAY_S = 0.3, 3.0
+_ANYWHERE_SHARE, _LONGEST_DELAY_S = 0.3, 0.3
 _EXPERT_WEIGHTS = re.compile(r"mlp\.experts\.experts\.linear_fc[12]\.weight$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """SIGKILL for `rank` at the given occurrence of a moment, or `delay_s` after the first iteration's line ("anywhere")."""
+    """SIGKILL for `rank` at the given occurrence of a moment; `delay_s` later if that lasts, and after so many iterations if anywhere."""
 
     rank: int
     moment: str
@@ -59,7 +60,7 @@ class Kill:
 def choose_kills(count: int, ranks: int, seed: int) -> list[Kill]:
     """The campaign's kills in random order: three in ten anywhere, the others at all moments in turn."""
     draw = random.Random(seed)
-    moments = list(MOMENTS)
+    moments = [moment for moment in MOMENTS if moment != ANYWHERE]
     draw.shuffle(moments)
     num_anywhere = round(count * _ANYWHERE_SHARE)
     chosen = list(itertools.islice(itertools.cycle(moments), count - num_anywhere)) + [ANYWHERE] * num_anywhere
@@ -67,7 +68,7 @@ def choose_kills(count: int, ranks: int, seed: int) -> list[Kill]:
     kills = []
     for moment in chosen:
         rank = 0 if moment in _ON_RANK_0 else draw.randrange(ranks)
-        kills.append(Kill(rank, moment, draw.randint(1, MOMENTS.get(moment, 1)), draw.uniform(0, _LONGEST_DELAY_S)))
+        kills.append(Kill(rank, moment, draw.randint(1, MOMENTS[moment]), draw.uniform(0, _LONGEST_DELAY_S)))
     return kills
 
 
@@ -101,7 +102,9 @@ def survivor_faults(errors: Mapping[int, str], victim: int) -> list[str]:
 
 
 def resume_faults(log: Log, tracker: int | None) -> list[str]:
-    """A restart must go on from the iteration that the tracker named, without a gap."""
+    """A restart must go on from the iteration that the tracker named, without a gap, unless it was killed while loading."""
+    if log.loaded is None and not log.losses:
+        return []
     faults = [] if log.loaded == tracker else [f"loaded the checkpoint of {log.loaded}, but the tracker named {tracker}"]
     wanted = list(range((tracker or 0) + 1, (tracker or 0) + 1 + len(log.losses)))
     if sorted(log.losses) != wanted:

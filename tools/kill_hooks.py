@@ -28,8 +28,6 @@ from megatron_scalemoe.plan import PlacementPlan
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "gpt_moe"
 # Of the replans: those that wait for the real planner's answer before they put a random plan in its place.
 _WAIT_SHARE, _PLANNING_S, _LONGEST_WAIT_S = 0.2, 0.2, 60.0
-# Saving takes about a tenth of the time in which kills "anywhere" come.
-_SAVE_SHARE = 0.1
 
 
 def random_plan(old: PlacementPlan, rng: np.random.Generator) -> PlacementPlan:
@@ -185,7 +183,7 @@ def main() -> None:
 
     live.BackgroundPlanner, live.PLANNING_S = RandomPlanner, _PLANNING_S
     if job["moment"] and job["rank"] == int(os.environ["RANK"]):
-        install(job["moment"], Killer(job["occurrence"], job["delay_s"] * _SAVE_SHARE, Path(job["marker"])))
+        install(job["moment"], Killer(job["occurrence"], job["delay_s"], Path(job["marker"])))
     sys.argv = [str(EXAMPLE / "pretrain_gpt.py"), *sys.argv[2:]]
     sys.path.insert(0, str(EXAMPLE))
     runpy.run_path(sys.argv[0], run_name="__main__")

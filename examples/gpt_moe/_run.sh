@@ -1,4 +1,5 @@
 # Sourced by run_*.sh: a stage is one training run of stages.yaml's model, with its log and all it records in $LOGS/<stage>.
+# shellcheck shell=bash disable=SC2034
 
 EXAMPLE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -27,12 +28,6 @@ RANKS="${RANKS:-$((cores < 4 ? 2 : 4))}"
 ITERS="${ITERS:-200}"
 LOGS="${LOGS:-logs/gpt_moe}"
 REPLICAS="${REPLICAS:-8}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > RANKS ? cores / RANKS : 1))}"
-
-# A replan after every tenth of the run, from recorded steps a quarter of that long. The same experts module in all stages.
-REPLAN_INTERVAL="$((ITERS >= 40 ? ITERS / 10 : 4))"
-COMMON=(--scalemoe-experts grouped --scalemoe-trace-interval "$((REPLAN_INTERVAL / 4))")
-BALANCE=(--scalemoe-replicas "$REPLICAS" --scalemoe-replan-interval "$REPLAN_INTERVAL" --scalemoe-sequence-placement affinity)
 
 check_settings() {
     local argument
@@ -48,6 +43,14 @@ check_settings() {
         esac
     done
 }
+check_settings "$@"
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > RANKS ? cores / RANKS : 1))}"
+
+# A replan after every tenth of the run, from recorded steps a quarter of that long. The same experts module in all stages.
+REPLAN_INTERVAL="$((ITERS >= 40 ? ITERS / 10 : 4))"
+COMMON=(--scalemoe-experts grouped --scalemoe-trace-interval "$((REPLAN_INTERVAL / 4))")
+BALANCE=(--scalemoe-replicas "$REPLICAS" --scalemoe-replan-interval "$REPLAN_INTERVAL" --scalemoe-sequence-placement affinity)
 
 # run_stage NAME FLAG ...: trains; standard output goes to $LOGS/NAME/train.log, too.
 run_stage() {

@@ -6,7 +6,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_run.sh"
 
-check_settings "$@"
 for argument in "$@"; do
     [[ "$argument" != --scalemoe-* && "$argument" != --moe-dispatcher* ]] ||
         die "$argument would make the stages something else" "try:   REPLICAS and TOPOLOGY, or one stage: run_ga.sh $argument"

@@ -5,5 +5,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_run.sh"
 
-check_settings "$@"
 run_stage baseline --scalemoe-dispatch padded "${COMMON[@]}" --scalemoe-trace-path "$LOGS/baseline" "$@"

@@ -6,7 +6,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_run.sh"
 
-check_settings "$@"
 folder="$LOGS/ga"
 topology="${TOPOLOGY:-}"
 if [[ -z "$topology" ]]; then

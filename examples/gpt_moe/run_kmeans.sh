@@ -6,5 +6,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_run.sh"
 
-check_settings "$@"
 run_stage kmeans "${BALANCE[@]}" "${COMMON[@]}" --scalemoe-trace-path "$LOGS/kmeans" "$@"
