@@ -44,7 +44,7 @@ def test_several_flags_and_a_missing_one():
 
 
 def test_the_fields_of_a_dataclass_are_flags():
-    configs = [ScaleMoEConfig(), ScaleMoEConfig(experts="grouped")]
+    configs = [ScaleMoEConfig(experts="megatron"), ScaleMoEConfig(experts="grouped")]
     messages = pool(2).run(disagreement, [{"scalemoe_experts": None, "scalemoe": config} for config in configs])
     assert "--scalemoe-experts: 'megatron' on rank 0; 'grouped' on rank 1" in messages[0]
     assert messages[0].count("--scalemoe") == 1
