@@ -96,6 +96,5 @@ explore() {
 # measure_topology FILE: the network between RANKS ranks of this machine.
 measure_topology() {
     say "measuring the network between $RANKS ranks of this machine ..."
-    mkdir -p "$(dirname "$1")"
     "${SCALEMOE[@]}" topology measure --ranks "$RANKS" --quiet --force -o "$1"
 }

@@ -7,10 +7,12 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_run.sh"
 
 folder="$LOGS/ga"
-topology="${TOPOLOGY:-}"
-if [[ -z "$topology" ]]; then
-    topology="$LOGS/topology.yaml"
+topology="$LOGS/topology.yaml" # not in the stage's folder, which is replaced
+mkdir -p "$LOGS"
+if [[ -z "${TOPOLOGY:-}" ]]; then
     measure_topology "$topology"
+elif [[ ! "$TOPOLOGY" -ef "$topology" ]]; then
+    cp "$TOPOLOGY" "$topology"
 fi
 run_stage ga "${BALANCE[@]}" --scalemoe-migrate --scalemoe-topology "$topology" "${COMMON[@]}" --scalemoe-trace-path "$folder" "$@"
 cp "$topology" "$folder/topology.yaml"

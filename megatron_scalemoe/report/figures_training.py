@@ -24,7 +24,7 @@ from megatron_scalemoe.report.figures import (
     to_svg,
 )
 from megatron_scalemoe.report.tables_training import balance_table, loss_table, runs_table
-from megatron_scalemoe.report.training_runs import TrainingRun, fastest, loss_difference
+from megatron_scalemoe.report.training_runs import TrainingRun, compared, fastest, loss_difference, rounding_run
 
 _COLORS = (ORANGE, PURPLE, GREEN, SKY, BLUE, VERMILION, GREY)
 _LINES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (4, 2)), ":")
@@ -33,7 +33,7 @@ _MAX_RUNS = 12
 
 def speed_panel(runs: Sequence[TrainingRun]) -> Panel:
     """Bars of tokens/s, baselines first, and the table of all runs. runs: as `in_order` puts them; the first is the reference."""
-    shown, best = runs[:_MAX_RUNS], fastest(runs)
+    shown, best = compared(runs)[:_MAX_RUNS], fastest(compared(runs))
     speeds = [run.speed() for run in shown]
     median, low, high, mean = map(np.array, zip(*speeds, strict=True))
     with drawing(10.4, 1.2 + 0.46 * len(shown)) as figure:
@@ -62,6 +62,7 @@ def speed_panel(runs: Sequence[TrainingRun]) -> Panel:
 
 def speed_finding(runs: Sequence[TrainingRun]) -> str:
     """The fastest run beside each baseline."""
+    runs = compared(runs)
     best, others = fastest(runs), [run for run in runs if run.is_baseline or run is runs[0]]
     text = f"{best.name} trains {best.speed()[0]:,.0f} tokens/s"
     beside = [f"{format_ratio(best.speed()[0] / run.speed()[0])}x {run.name}" for run in others if run is not best]
@@ -98,6 +99,8 @@ def loss_panel(runs: Sequence[TrainingRun]) -> Panel:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=6, borderaxespad=0)
         svg = to_svg(figure, "training-loss")
     note = "Equal losses leave only rounding: sums in another order differ in the last bits, and training makes the difference grow. "
+    if (again := rounding_run(runs)) is not None:
+        note += f"{again.name} is {reference.name} again, with each batch summed in other parts: how far that alone takes the loss. "
     if any(part.size for part in visible):
         note += "Points without a difference are not drawn. "
     return Panel(loss_finding(runs), f"Loss curves of {len(shown)} runs. {loss_finding(runs)}.", svg, loss_table(runs), note + _left(runs))
@@ -109,10 +112,15 @@ def loss_finding(runs: Sequence[TrainingRun]) -> str:
     if len(runs) == 1:
         return f"{reference.name} ends at loss {reference.lm_loss_N[-1]:.4f} after {reference.iteration_N[-1]} iterations"
     largest = {run.name: float(loss_difference(run, reference)[1].max(initial=0.0)) for run in runs[1:]}
+    again = rounding_run(runs)
+    own = largest.pop(again.name) if again is not None else 0.0
+    if not largest:
+        return f"{reference.name} and {again.name} are {own:.1e} apart at most: rounding"
     name = max(largest, key=largest.__getitem__)
     if not largest[name]:
         return f"All losses are the same as {reference.name}'s to the last bit"
-    return f"At equal iterations no loss is more than {largest[name]:.1e} from {reference.name}'s (the farthest: {name})"
+    text = f"At equal iterations no loss is more than {largest[name]:.1e} from {reference.name}'s (the farthest: {name})"
+    return f"{text}; rounding alone takes {again.name} {own:.1e} away" if again is not None else text
 
 
 def balance_panel(runs: Sequence[TrainingRun]) -> Panel | None:

@@ -165,6 +165,17 @@ def differing_options(run: TrainingRun, reference: TrainingRun) -> list[str]:
     return sorted(n for n in names if not n.startswith("scalemoe") and run.options.get(n) != reference.options.get(n))
 
 
+def rounding_run(runs: Sequence[TrainingRun]) -> TrainingRun | None:
+    """Stock Megatron again, on the same batches in other micro-batches: how far rounding alone takes the loss. runs: as of `in_order`."""
+    same = (run for run in runs[1:] if run.is_stock and runs[0].is_stock and differing_options(run, runs[0]) == ["micro_batch_size"])
+    return next(same, None)
+
+
+def compared(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
+    """All but the `rounding_run`: those whose speeds and losses say something about what is on."""
+    return [run for run in runs if run is not rounding_run(runs)]
+
+
 def hardware(run: TrainingRun) -> str:
     """What the run was measured on, as its config.json says."""
     known = {name: run.env[name] for name in _HARDWARE if run.env.get(name) is not None}

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from megatron_scalemoe.report.figures_training import balance_panel, loss_finding, loss_panel, speed_finding, speed_panel
 from megatron_scalemoe.report.page import Section, Tile
 from megatron_scalemoe.report.tables_training import difference_text
-from megatron_scalemoe.report.training_runs import TrainingRun, differing_options, fastest, hardware, loss_difference
+from megatron_scalemoe.report.training_runs import (
+    TrainingRun,
+    compared,
+    differing_options,
+    fastest,
+    hardware,
+    loss_difference,
+    rounding_run,
+)
 
 TRAINING = "training"
 
@@ -27,7 +35,7 @@ def training_warnings(runs: Sequence[TrainingRun]) -> list[str]:
     """What makes the runs' figures less comparable, or went wrong in them."""
     warnings = []
     for run in runs:
-        if differing := differing_options(run, runs[0]):
+        if run is not rounding_run(runs) and (differing := differing_options(run, runs[0])):
             warnings.append(f"{run.name} and {runs[0].name} differ in {', '.join(differing)}: their losses and speeds do not compare.")
         if hardware(run) != hardware(runs[0]):
             warnings.append(f"{run.name} and {runs[0].name} were measured on different machines or software: their speeds do not compare.")
@@ -41,14 +49,16 @@ def training_warnings(runs: Sequence[TrainingRun]) -> list[str]:
 
 def training_summary(runs: Sequence[TrainingRun]) -> tuple[str, list[Tile]]:
     """The page's first sentence, and the numbers below it."""
-    first, best = runs[0], fastest(runs)
+    first, again = runs[0], rounding_run(runs)
+    others = compared(runs)
+    best = fastest(others)
     tiles = [Tile("tokens/s, measured", f"{best.speed()[0]:,.0f}", f"{first.speed()[0]:,.0f} {first.name}")]
     loads = [(run, run.load()) for run in runs if run.load() is not None]
     if len(loads) > 1:
         (start, before), (even, after) = loads[0], min(loads, key=lambda pair: pair[1])
         tiles.append(Tile("max/mean rank load", f"{after:.2f}", f"of {even.name}; {before:.2f} {start.name}"))
-    if len(runs) > 1:
-        farthest = max(runs[1:], key=lambda run: loss_difference(run, first)[1].max(initial=0.0))
-        compared = f"{farthest.name} to {first.name}, at equal iterations"
-        tiles.append(Tile("largest loss difference", difference_text(farthest, first), compared))
+    if len(others) > 1:
+        farthest = max(others[1:], key=lambda run: loss_difference(run, first)[1].max(initial=0.0))
+        rounding = "" if again is None else f"; {difference_text(again, first)} {again.name}, by rounding alone"
+        tiles.append(Tile("largest loss difference", difference_text(farthest, first), f"{farthest.name} to {first.name}{rounding}"))
     return f"{speed_finding(runs)}. {loss_finding(runs)}.", tiles

@@ -125,3 +125,21 @@ def test_measured_runs_come_before_computed_policies(tmp_path):
     story = story_of(tmp_path)
     assert [section.id for section in story.sections] == ["training", "policies"]
     assert story.summary.startswith("ga trains")
+
+
+def test_stock_in_other_micro_batches_is_the_yardstick_and_no_rival(tmp_path):
+    write_stages(tmp_path)
+    options = {"moe_dispatcher": "stock", "micro_batch_size": 4}
+    apart = history([4.0, 3.0, 2.5, 2.0 + 5e-6], tokens_per_s=[9000.0] * 4, load=None)
+    write_training(tmp_path / "stock_rounding", options=options, history=apart)
+    story = story_of(tmp_path)
+    assert story.summary.startswith(
+        "ga trains 1,500 tokens/s, 1.50x stock and 3.00x baseline. At equal iterations no loss is more than 2.0e-06"
+    )
+    assert story.summary.endswith("(the farthest: ga); rounding alone takes stock_rounding 5.0e-06 away.")
+    assert story.tiles[-1].before == "ga to stock; 5.0e-06 stock_rounding, by rounding alone"
+    speed, loss, _ = story.sections[0].panels
+    assert "stock_rounding" not in texts(speed.svg)
+    assert "stock_rounding" in texts(loss.svg)
+    assert "stock_rounding" in [row[0] for row in speed.table.rows]
+    assert not story.warnings
