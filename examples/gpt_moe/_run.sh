@@ -60,7 +60,8 @@ run_stage() {
         --train-iters "$ITERS" "$@" --results-dir "$LOGS" --run-name "$stage")
     # Mistakes in the flags come from one process, not from every rank.
     "$VENV_PYTHON" "$EXAMPLE/arguments.py" "${flags[@]}"
-    [[ ! -e "$folder" || -f "$folder/config.json" || -z "$(ls -A "$folder")" ]] ||
+    # A stage that was stopped early has left its log only.
+    [[ ! -e "$folder" || -f "$folder/config.json" || -f "$folder/train.log" || -z "$(ls -A "$folder")" ]] ||
         die "$folder is no folder of a stage, and would be replaced" "try:   LOGS=another/folder bash $0"
     rm -rf "$folder"
     mkdir -p "$folder"
