@@ -98,7 +98,8 @@ def loss_panel(runs: Sequence[TrainingRun]) -> Panel:
             axis.grid()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=6, borderaxespad=0)
         svg = to_svg(figure, "training-loss")
-    note = "Equal losses leave only rounding: sums in another order differ in the last bits, and training makes the difference grow. "
+    note = "Sums in another order differ in the last bit; a token between two nearly equal experts may then go to the other, which shows "
+    note += "as a jump, and training makes the difference grow. "
     if (again := rounding_run(runs)) is not None:
         note += f"{again.name} is {reference.name} again, with each batch summed in other parts: how far that alone takes the loss. "
     if any(part.size for part in visible):
