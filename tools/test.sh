@@ -3,4 +3,10 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 cd "$ROOT"
-exec "$VENV_PYTHON" -m pytest "$@"
+if (($#)); then
+    exec "$VENV_PYTHON" -m pytest "$@"
+fi
+# Two at a time but for those on rank pools: these use all cores themselves.
+RANKS=(tests/distributed tests/integration)
+"$VENV_PYTHON" -m pytest -n 2 --dist worksteal "${RANKS[@]/#/--ignore=}"
+exec "$VENV_PYTHON" -m pytest "${RANKS[@]}"

@@ -61,8 +61,8 @@ def test_short_work_single_jobs_and_training_processes_are_not_forked(monkeypatc
 
 def test_ctrl_c_ends_parent_and_children_without_their_tracebacks():
     code = (
-        "import time; from megatron_scalemoe.placement.processes import run_jobs\n"
-        "def job(i, s): print('pid', __import__('os').getpid(), flush=True); time.sleep(60)\n"
+        "import os, time; from megatron_scalemoe.placement.processes import run_jobs\n"
+        "def job(i, s): os.write(1, b'pid %d\\n' % os.getpid()); time.sleep(60)\n"  # in one piece: both write to one pipe
         "try: run_jobs(job, 2, deadline=time.monotonic() + 60, processes=2)\n"
         "except KeyboardInterrupt: print('interrupted', flush=True)\n"
     )

@@ -29,7 +29,7 @@ def changed(topology: Topology, change) -> Topology:
     return Topology.build("changed", topology.vertices, [new for new in map(change, links) if new])
 
 
-@pytest.mark.parametrize("name", set(BUILDERS))
+@pytest.mark.parametrize("name", sorted(BUILDERS))
 def test_nothing_is_suspicious_about_a_default_cluster(name):
     assert findings(BUILDERS[name]()) == {}
 
