@@ -135,6 +135,7 @@ def _import_megatron_without_inductor() -> None:
 
 def _repair_megatron() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.optimizer import clip_grads
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # Router without Transformer Engine: the name is read and compared with None, but bound only where TE is installed.
@@ -142,6 +143,9 @@ def _repair_megatron() -> None:
         moe_utils.te_general_gemm = None
     # The all-to-all dispatcher turns split sizes into numpy only when it copies them from a GPU; all_to_all_single needs integers.
     token_dispatcher.maybe_move_tensor_to_cpu = _splits_as_numpy
+    # On a CPU torch.norm adds up in float32, one by one: 1e-5 off for a million elements, and by more the larger the tensor. Clipping would
+    # then depend on how weights are cut into tensors (stacked experts or single ones), as it does not on a GPU.
+    clip_grads.l2_norm_impl = _l2_norm
     # The checkpoint writer forks, which can deadlock below gloo's threads and is forbidden in daemonic workers, and it reports through the
     # queue of a spawned process, which imports the user's script again. A CPU has no copy to overlap with: write here and now.
     filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_process)
@@ -150,6 +154,12 @@ def _repair_megatron() -> None:
 
 def _splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], per_tensor: bool, *args: Any) -> tuple:
+    """As Megatron's `local_multi_tensor_l2_norm`, added up in float64."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensors in tensor_lists for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)).float().reshape(1), None
 
 
 def _write_in_process(transforms: list, use_msc: bool, rank: int, buckets: list, results: queue.Queue) -> None:

@@ -37,6 +37,24 @@ def test_install():
     subprocess.run([sys.executable, "-W", "ignore", "-c", INSTALL], check=True, timeout=120)
 
 
+NORM = """
+import torch
+from megatron_scalemoe.integration import cpu_ranks
+cpu_ranks.install()
+from megatron.core.optimizer import clip_grads
+gradient = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+true = float(gradient.double().norm())
+for parts in (1, 8):
+    measured = float(clip_grads.l2_norm_impl(0, None, [list(gradient.chunk(parts))], False)[0])
+    assert abs(measured / true - 1) < 1e-7, (parts, measured, true)
+assert abs(float(gradient.norm()) / true - 1) > 1e-6  # what the repair is for
+"""
+
+
+def test_the_gradient_norm_is_precise_however_the_weights_are_cut():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", NORM], check=True, timeout=120)
+
+
 def on_ranks(ranks: int, **options) -> list[float]:
     """The losses of the first steps; the same on every rank."""
     results = pool(ranks).run(_train, options)
