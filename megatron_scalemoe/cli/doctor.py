@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
 from megatron_scalemoe.environment import MEGATRON_CORE_BELOW, MEGATRON_CORE_FROM, installed_version, is_supported_megatron
 from megatron_scalemoe.files import check_output
+from megatron_scalemoe.ops import native
 from megatron_scalemoe.units import format_bytes
 from megatron_scalemoe.version import __version__
 
@@ -48,7 +49,8 @@ def gather() -> dict:
         "grouped_gemm": installed_version("grouped-gemm", "nv-grouped-gemm"),
         "apex": installed_version("apex") if _is_nvidia_apex() else None,
     }
-    return {"versions": versions, "torch": _torch_facts(), "shm": _shared_memory()}
+    why_not_native = {kind: native.why_not(kind) for kind in ("cpu", "cuda")}
+    return {"versions": versions, "torch": _torch_facts(), "shm": _shared_memory(), "why_not_native": why_not_native}
 
 
 def _torch_facts() -> dict:
@@ -120,10 +122,13 @@ def features(facts: dict) -> list[dict]:
     grouped = versions["transformer_engine"] or versions["grouped_gemm"]
     shm = facts["shm"]["total_bytes"]
     gpu = torch["cuda"] and torch["nccl"]
+    why_not_cpu, why_not_cuda = facts["why_not_native"]["cpu"], facts["why_not_native"]["cuda"]
     return [
         _feature("training on GPUs (NCCL)", gpu, _no_backend(torch, "nccl")),
         _feature("training on CPU ranks (gloo)", torch["gloo"], _no_backend(torch, "gloo")),
         _feature("--scalemoe-dispatch ragged, padded", torch["gloo"] or gpu, _no_backend(torch, "gloo")),
+        _feature("native CPU ops, --scalemoe-transport shm", not why_not_cpu, why_not_cpu),
+        _feature("native CUDA ops, --scalemoe-transport cuda", bool(gpu and not why_not_cuda), why_not_cuda or _no_backend(torch, "nccl")),
         _feature("--scalemoe-experts grouped", torch["grouped_mm"], "needs a torch with torch.nn.functional.grouped_mm"),
         _feature(
             "--moe-grouped-gemm (Megatron's own grouped experts)",

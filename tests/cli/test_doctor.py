@@ -25,6 +25,7 @@ CPU_MACHINE = {
     },
     "torch": {"error": None, "cuda_build": None, "cuda": False, "cuda_devices": [], "gloo": True, "nccl": False, "grouped_mm": True},
     "shm": {"total_bytes": 8 << 30, "free_bytes": 8 << 30},
+    "why_not_native": {"cpu": None, "cuda": None},
 }
 
 
@@ -49,9 +50,17 @@ def test_a_complete_cpu_machine_can_train():
     assert failing(CPU_MACHINE) == {}
     assert list(not_working(CPU_MACHINE)) == [
         "training on GPUs (NCCL)",
+        "native CUDA ops, --scalemoe-transport cuda",
         "--moe-grouped-gemm (Megatron's own grouped experts)",
         "Megatron's fused Adam and norms",
     ]
+
+
+def test_missing_native_libraries_are_named_with_their_reason():
+    facts = {**CPU_MACHINE, "why_not_native": {"cpu": "there was no C++ compiler", "cuda": "there was no nvcc"}}
+    assert failing(facts) == {}
+    assert not_working(facts)["native CPU ops, --scalemoe-transport shm"] == "there was no C++ compiler"
+    assert not_working(facts)["native CUDA ops, --scalemoe-transport cuda"] == "there was no nvcc"
 
 
 def test_a_complete_gpu_machine_can_do_everything():
@@ -121,5 +130,5 @@ def test_this_machine():
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads(result.stdout)
     assert report["ok"]
-    assert set(report) == {"versions", "torch", "shm", "checks", "features", "ok"}
+    assert set(report) == {"versions", "torch", "shm", "why_not_native", "checks", "features", "ok"}
     assert report["versions"]["torch"]
