@@ -1,4 +1,4 @@
-"""`AffinityTable`: which experts the tokens of each id choose; what it says of sequences under a plan; its npz file.
+"""`AffinityTable`: which experts the tokens of each id choose; what it says of sequences under a plan.
 
 ScaleMoE predicts a sequence's experts from the epoch before (see `sample_history`). Pre-training sees a sequence once, so the table goes by
 token id, as Sem-MoE (arXiv 2503.04398) does for inference: the same token mostly chooses the same experts.
@@ -7,14 +7,12 @@ token id, as Sem-MoE (arXiv 2503.04398) does for inference: the same token mostl
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.plan import PlacementPlan
-from megatron_scalemoe.traffic.npz import load_arrays, save_arrays
 
 MAX_ROWS = 8192
 # A row counts as if it had also seen this many average tokens: rarely seen ids are predicted near the mean.
@@ -114,17 +112,3 @@ class AffinityTable:
 def stacked_hosts(plan: PlacementPlan) -> np.ndarray:
     """float64 [L, E, G]: 1 where a rank holds a copy of an expert."""
     return np.stack([plan.hosts(layer) for layer in range(plan.num_layers)]).astype(np.float64)
-
-
-def save_affinity(table: AffinityTable, path: Path, *, force: bool = False) -> None:
-    """Writes `counts` and `meta` (topk) as compressed npz, atomically."""
-    save_arrays(path, {"counts": table.counts}, {"topk": table.topk}, force=force)
-
-
-def load_affinity(path: Path) -> AffinityTable:
-    """Reads and checks a table. Raises `ScaleMoEError` naming file and array."""
-    arrays, meta = load_arrays(path, ("counts",), try_="a file written by save_affinity")
-    try:
-        return AffinityTable(arrays["counts"], meta.get("topk"))
-    except ScaleMoEError as error:
-        raise ScaleMoEError(f"{path}: {error}") from error

@@ -1,11 +1,11 @@
-"""The affinity table: shares from counts, smoothing, sequences' scores, files."""
+"""The affinity table: shares from counts, smoothing, sequences' scores."""
 
 import numpy as np
 import pytest
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.plan import PlacementPlan
-from megatron_scalemoe.traffic.affinity import AffinityTable, load_affinity, save_affinity
+from megatron_scalemoe.traffic.affinity import AffinityTable
 
 RANKS, EXPERTS, LAYERS, VOCABULARY = 4, 8, 3, 10
 PLAN = PlacementPlan.contiguous(LAYERS, RANKS, EXPERTS)
@@ -96,46 +96,3 @@ def test_a_large_vocabulary_shares_rows():
 def test_tables_that_do_not_fit(counts, topk, problem):
     with pytest.raises(ScaleMoEError, match=problem):
         AffinityTable(counts, topk)
-
-
-def test_files(tmp_path):
-    path = tmp_path / "affinity.npz"
-    save_affinity(table_of(), path)
-    loaded = load_affinity(path)
-    assert loaded.topk == 2
-    np.testing.assert_array_equal(loaded.counts, table_of().counts)
-    with pytest.raises(ScaleMoEError, match="exists"):
-        save_affinity(table_of(), path)
-
-
-def test_damaged_files(tmp_path):
-    path = tmp_path / "affinity.npz"
-    save_affinity(table_of(), path)
-    good, rng = path.read_bytes(), np.random.default_rng(0)
-    refused = 0
-    for _ in range(200):
-        bad = bytearray(good)
-        for place in rng.integers(0, len(bad), 3):
-            bad[place] = rng.integers(256)
-        path.write_bytes(bad[: rng.integers(1, len(bad) + 1)] if rng.random() < 0.5 else bad)
-        try:
-            load_affinity(path)
-        except ScaleMoEError as error:
-            refused += str(path) in str(error)
-    assert refused > 150
-
-
-@pytest.mark.parametrize(
-    ("arrays", "problem"),
-    [
-        ({"counts": np.zeros((1, 1, 1), np.float32)}, "meta: the array is missing"),
-        ({"meta": np.array('{"topk": 1, "schema_version": 1}')}, "counts: the array is missing"),
-        ({"counts": np.zeros((1, 1, 1), np.float32), "meta": np.array('{"topk": 1, "schema_version": 2}')}, "schema_version 1"),
-        ({"counts": np.zeros((1, 1, 1), np.float32), "meta": np.array("{")}, "JSON"),
-        ({"counts": np.array([{}]), "meta": np.array("{}")}, "not a readable npz"),
-    ],
-)
-def test_files_of_another_kind(tmp_path, arrays, problem):
-    np.savez(tmp_path / "x.npz", **arrays)
-    with pytest.raises(ScaleMoEError, match=problem):
-        load_affinity(tmp_path / "x.npz")
