@@ -14,6 +14,7 @@ from typing import Any
 from megatron_scalemoe.errors import ScaleMoEError
 
 DISPATCHES = ("ragged", "padded")
+TRANSPORTS = ("auto", "collective", "shm", "cuda")
 EXPERTS = ("megatron", "grouped")
 SEQUENCE_PLACEMENTS = ("none", "affinity", "history")
 DEFAULT_REPLAN_INTERVAL = 50
@@ -26,6 +27,16 @@ class ScaleMoEConfig:
     dispatch: str = dataclasses.field(default="ragged", metadata={"choices": DISPATCHES})
     """How rows travel: `ragged` is adaptive all-to-all (one row per token and destination rank); `padded` is the capacity-padded
     GShard/Tutel-style baseline, for comparison."""
+
+    transport: str = dataclasses.field(default="auto", metadata={"choices": TRANSPORTS})
+    """What ragged rows travel through: `collective` is torch.distributed; `shm` is shared memory between CPU ranks of one host; `cuda` is
+    our kernels between GPUs of one host. Over several hosts, shm and cuda work inside each of them, and a row goes once to each host by a
+    collective. `auto` takes shm or cuda where they can be had, else collective; the first rank of each group says which, and why. Padded
+    dispatch takes collectives."""
+
+    max_rows_factor: float | None = dataclasses.field(default=None, metadata={"type": float})
+    """Of the cuda transport: a rank has room for so many times the rows that it would get if all ranks got equally many; more are an
+    error. It saves GPU memory. Default: room for the most that there can be."""
 
     padded_capacity_factor: float | None = dataclasses.field(default=None, metadata={"type": float})
     """With `padded`: rows per expert and source rank = factor x tokens x top-k / experts, and tokens beyond it are dropped. Without it
@@ -83,6 +94,8 @@ class ScaleMoEConfig:
                 )
             if not self.padded_capacity_factor > 0:
                 raise ScaleMoEError("--scalemoe-padded-capacity-factor must be above 0", found=self.padded_capacity_factor)
+        if self.max_rows_factor is not None and not self.max_rows_factor >= 1:
+            raise ScaleMoEError("--scalemoe-max-rows-factor must be 1 or more", found=self.max_rows_factor)
         if self.force_skew is not None and not self.force_skew >= 0:
             raise ScaleMoEError("--scalemoe-force-skew must be 0 or above", found=self.force_skew)
         for name, least in (("replicas", 0), ("replan_interval", 0), ("trace_interval", 1)):

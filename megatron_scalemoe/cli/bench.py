@@ -7,10 +7,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_scalemoe.cli import bench_live, bench_solvers, bench_split
+from megatron_scalemoe.cli import bench_kernels, bench_live, bench_solvers, bench_split
 from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
 from megatron_scalemoe.cli.torchrun import run_ranks
 from megatron_scalemoe.cli.train_extra import require_train_extra
+from megatron_scalemoe.config import TRANSPORTS
 from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_output
@@ -39,19 +40,27 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dispatchers", nargs="+", choices=DISPATCHERS, default=list(DISPATCHERS), help=f"default all; {BASELINE} is always measured"
     )
+    parser.add_argument(
+        "--transport",
+        nargs="+",
+        choices=[name for name in TRANSPORTS if name != "auto"],
+        help="what `scalemoe` is measured over, each beside the others and compared bit for bit (default: collective, and shm or cuda if it"
+        " can be had)",
+    )
     parser.add_argument("--iters", type=int, default=20, help="measured iterations (default %(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="iterations before them (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of tokens and routing (default %(default)s)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which all ranks are stopped (default %(default)g)")
     add_output_flags(parser)
     parser.set_defaults(handler=run_dispatch)
+    bench_kernels.add_parser(kinds)
     bench_live.add_parser(kinds)
     bench_solvers.add_parser(kinds)
     bench_split.add_parser(kinds)
 
 
 def run_dispatch(args: argparse.Namespace) -> int:
-    """Launches the ranks and reports. Exit code 3 if a dispatcher's results differ from the baseline's."""
+    """Launches the ranks and reports. Exit code 3 if a dispatcher's results differ from the baseline's, or the transports' at all."""
     validate(args)
     check_output(args.output, force=args.force)
     require_train_extra("scalemoe bench dispatch")
@@ -62,10 +71,13 @@ def run_dispatch(args: argparse.Namespace) -> int:
         result = json.loads(result_file.read_text(encoding="utf-8"))
     result["env"] = {**describe_environment(["scalemoe", *sys.argv[1:]]), **result.get("env", {})}
     emit(args, result, format_result(result))
-    wrong = [row["dispatcher"] for row in result["rows"] if not row["max_rel_error"] <= TOLERANCE[args.dtype]]
-    if wrong:
-        print(f"check failed: {', '.join(wrong)} differ from {BASELINE} by more than {TOLERANCE[args.dtype]:g}", file=sys.stderr)
-    return CHECK_FAILED if wrong else OK
+    wrong = [f"{row['dispatcher']} ({row['transport']})" for row in result["rows"] if not row["max_rel_error"] <= TOLERANCE[args.dtype]]
+    problems = [f"{', '.join(wrong)} differ from {BASELINE} by more than {TOLERANCE[args.dtype]:g}"] if wrong else []
+    if not result.get("transports_same_bits", True):
+        problems.append("scalemoe's results depend on the transport")
+    for problem in problems:
+        print(f"check failed: {problem}", file=sys.stderr)
+    return CHECK_FAILED if problems else OK
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -91,7 +103,8 @@ def worker_arguments(args: argparse.Namespace, result_file: Path) -> list[str]:
     numbers = ("tokens", "hidden", "experts", "topk", "ranks", "dtype", "skew", "iters", "warmup", "seed", "timeout")
     flags = [part for name in numbers for part in (f"--{name}", str(getattr(args, name)))]
     dispatchers = list(dict.fromkeys([BASELINE, *args.dispatchers]))
-    return [*flags, "--dispatchers", *dispatchers, "--result-file", str(result_file)]
+    transports = ["--transport", *dict.fromkeys(args.transport)] if args.transport else []
+    return [*flags, "--dispatchers", *dispatchers, *transports, "--result-file", str(result_file)]
 
 
 def format_result(result: dict) -> str:
@@ -111,4 +124,11 @@ def format_result(result: dict) -> str:
         ]
         for row in result["rows"]
     ]
-    return format_table(headers, rows)
+    notes = []
+    if any(row["transport"] != "collective" for row in result["rows"]):
+        notes.append("bytes out are those of collectives: rows that go through shared memory or our CUDA kernels are not counted")
+    if "transports_same_bits" in result:
+        notes.append(
+            f"scalemoe's outputs and gradients over its transports: {'the same bits' if result['transports_same_bits'] else 'DIFFER'}"
+        )
+    return "\n".join([format_table(headers, rows), *notes])

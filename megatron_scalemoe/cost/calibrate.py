@@ -16,6 +16,8 @@ from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 # `bench dispatch` times dispatch and combine, forward and backward.
 EXCHANGES_PER_MEASUREMENT = 4
+# Transports whose bytes no meter sees.
+NOT_ON_THE_WIRE = ("shm", "cuda")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +52,7 @@ def fit_exchange(bytes_per_rank: np.ndarray, time_us: np.ndarray) -> ExchangeFit
 
 
 def fit_bench(paths: Sequence[Path], *, dispatcher: str = "scalemoe") -> ExchangeFit:
-    """Fits the rows of one dispatcher in the JSON files that `scalemoe bench dispatch` wrote, runs with different `--tokens`.
+    """Fits the rows of one dispatcher, by collectives, in the JSON files that `scalemoe bench dispatch` wrote with different `--tokens`.
 
     Raises `ScaleMoEError` naming file and field, or that there are too few sizes.
     """
@@ -60,7 +62,7 @@ def fit_bench(paths: Sequence[Path], *, dispatcher: str = "scalemoe") -> Exchang
         for i, row in enumerate(document.get(("rows",), list)):
             if not isinstance(row, dict):
                 raise document.error(("rows", i), "must be a mapping, as bench dispatch writes it")
-            if document.get(("rows", i, "dispatcher"), str) != dispatcher:
+            if document.get(("rows", i, "dispatcher"), str) != dispatcher or row.get("transport") in NOT_ON_THE_WIRE:
                 continue
             ranks = document.get(("rows", i, "ranks"), int)
             median_ms = document.get(("rows", i, "median_ms"), float)

@@ -1,4 +1,4 @@
-"""Ragged dispatch under a plan: logical experts become slots, and each expert's tokens are split over its copies from this step's counts.
+"""Dispatch under a plan: logical experts become slots, and each expert's tokens are split over its copies from this step's counts.
 
 ScaleMoE (Choi et al., PACT'25) replicates hot experts, too, but sends a token to a copy on its own rank, or else to the last one listed.
 Here all ranks gather the counts of the step and compute the same split (`split.split_tokens`), which makes the largest rank load the
@@ -8,6 +8,8 @@ smallest possible.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_scalemoe.dispatch.base import Dispatcher, InFlight
-from megatron_scalemoe.dispatch.ragged import RaggedDispatcher, RaggedMetadata
 from megatron_scalemoe.ops.ragged import naming_failure
 from megatron_scalemoe.plan import EMPTY
 from megatron_scalemoe.split import split_tokens
@@ -35,18 +36,26 @@ class LayerPlacement:
 
 
 class PlacedDispatcher(Dispatcher):
-    """`RaggedDispatcher` whose experts are the slots of a placement: `expand` returns the rows and counts of this rank's P/G slots.
+    """A dispatcher whose experts are the slots of a placement: `expand` returns the rows and counts of this rank's P/G slots.
+
+    inner: carries the rows, made for P experts. rank: this rank in the dispatch group, in which each of the placement's ranks stands for
+    `expert_tp_size` consecutive ones. gather_counts: every rank's int64 [E] -> [ranks of the group, E], the same on all.
 
     With replicas `prepare` waits for the counts of all ranks, and on CUDA for the device: which copy a token goes to depends on them. A
     plan without replicas needs neither. Immutable: a new plan needs a new dispatcher.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, placement: LayerPlacement, max_experts_per_token: int, expert_tp_size: int, device: torch.device
+        self,
+        inner: Dispatcher,
+        placement: LayerPlacement,
+        rank: int,
+        expert_tp_size: int,
+        gather_counts: Callable[[Tensor], Tensor],
+        device: torch.device,
     ):
-        assert placement.num_ranks * expert_tp_size == group.size(), (placement.num_ranks, expert_tp_size, group.size())
-        self.group, self.placement, self.expert_tp_size = group, placement, expert_tp_size
-        self._ragged = RaggedDispatcher(group, placement.slots_P.size, max_experts_per_token, expert_tp_size)
+        self.placement, self.rank, self.expert_tp_size = placement, rank, expert_tp_size
+        self._inner, self._gather_counts = inner, gather_counts
         used_P = placement.slots_P != EMPTY
         copies_E = np.bincount(placement.slots_P[used_P])
         several_E = np.flatnonzero(copies_E > 1)
@@ -67,16 +76,12 @@ class PlacedDispatcher(Dispatcher):
             position_TC = (routing_map_TE.index_select(1, self._several_X).cumsum(0) - 1).index_select(1, self._column_C)
             here_TC = (position_TC >= start_C) & (position_TC < end_C)
             slot_map_TP[:, self._slots] &= here_TC
-        return self._ragged.prepare(x_TD, probs_TE.index_select(1, self._expert_P), slot_map_TP)
+        return self._inner.prepare(x_TD, probs_TE.index_select(1, self._expert_P), slot_map_TP)
 
     def _own_share(self, routing_map_TE: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [C], [C]: the first of this rank's tokens that goes to each copy of its expert, and the first that no longer does."""
-        counts_E = routing_map_TE.sum(0)
-        counts = counts_E.new_empty(self.group.size() * counts_E.numel())
-        with naming_failure("count gathering", self.group):
-            dist.all_gather_into_tensor(counts, counts_E, group=self.group)
-        block, member = divmod(self.group.rank(), self.expert_tp_size)
-        counts_GTE = counts.cpu().numpy().reshape(self.placement.num_ranks, self.expert_tp_size, -1)
+        block, member = divmod(self.rank, self.expert_tp_size)
+        counts_GTE = self._gather_counts(routing_map_TE.sum(0)).cpu().numpy().reshape(self.placement.num_ranks, self.expert_tp_size, -1)
         tokens_GP = split_tokens(counts_GTE.sum(1), self.placement.slots_P, self.placement.num_ranks, self.placement.node_of_rank_G)
         tokens_C = tokens_GP[block, self._slot_C]
         before_C = np.cumsum(tokens_C) - tokens_C
@@ -87,16 +92,24 @@ class PlacedDispatcher(Dispatcher):
         return tuple(torch.from_numpy(bounds).to(routing_map_TE.device))
 
     def exchange(self, flight: InFlight) -> InFlight:
-        return self._ragged.exchange(flight)
+        return self._inner.exchange(flight)
 
-    def expand(self, flight: InFlight) -> tuple[Tensor, Tensor, Tensor, RaggedMetadata]:
-        return self._ragged.expand(flight)
+    def expand(self, flight: InFlight) -> tuple[Tensor, Tensor, Tensor, Any]:
+        return self._inner.expand(flight)
 
-    def reduce(self, rows_RD: Tensor, metadata: RaggedMetadata) -> Tensor:
-        return self._ragged.reduce(rows_RD, metadata)
+    def reduce(self, rows_RD: Tensor, metadata: Any) -> Tensor:
+        return self._inner.reduce(rows_RD, metadata)
 
-    def exchange_back(self, x: Tensor, metadata: RaggedMetadata) -> Tensor:
-        return self._ragged.exchange_back(x, metadata)
+    def exchange_back(self, x: Tensor, metadata: Any) -> Tensor:
+        return self._inner.exchange_back(x, metadata)
 
-    def restore(self, x: Tensor, metadata: RaggedMetadata) -> Tensor:
-        return self._ragged.restore(x, metadata)
+    def restore(self, x: Tensor, metadata: Any) -> Tensor:
+        return self._inner.restore(x, metadata)
+
+
+def gather_by_collective(group: dist.ProcessGroup, counts_E: Tensor) -> Tensor:
+    """Every rank's counts, int64 [E] -> [G, E]."""
+    counts = counts_E.new_empty(group.size() * counts_E.numel())
+    with naming_failure("count gathering", group):
+        dist.all_gather_into_tensor(counts, counts_E, group=group)
+    return counts.view(group.size(), -1)

@@ -8,9 +8,13 @@ import datetime
 import json
 import os
 import pathlib
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from megatron_scalemoe.integration.transports import CallSizes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,7 +44,8 @@ def _bench(args: argparse.Namespace, backend: str) -> dict:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_scalemoe.config import ScaleMoEConfig
-    from megatron_scalemoe.integration.measure import deduplicated_bytes, make_dispatchers, measure_dispatchers
+    from megatron_scalemoe.integration.measure import deduplicated_bytes, make_dispatchers, measure_dispatchers, same_bits
+    from megatron_scalemoe.integration.transports import CallSizes
 
     ranks = dist.get_world_size()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
@@ -57,23 +62,39 @@ def _bench(args: argparse.Namespace, backend: str) -> dict:
         add_bias_linear=False,
     )
     groups = get_default_pg_collection()
-    dispatchers = make_dispatchers(args.dispatchers, config, ScaleMoEConfig(), groups)
     routed = make_routed_tokens(args.tokens, args.hidden, args.experts, args.topk, args.skew, DTYPES[args.dtype], args.seed)
+    names, ours = [name for name in args.dispatchers if name != "scalemoe"], []
+    if "scalemoe" in args.dispatchers:
+        sizes = CallSizes(args.tokens, args.hidden, routed.x.dtype, args.topk)
+        ours = [f"scalemoe {transport}" for transport in _transports(args.transport, groups.tp_ep, sizes)]
+    dispatchers = make_dispatchers(names + ours, config, ScaleMoEConfig(), groups)
     measured = measure_dispatchers(dispatchers, [routed], iters=args.iters, warmup=args.warmup)
-    rows = [
-        {
-            "dispatcher": name,
-            "transport": backend,
-            "ranks": ranks,
-            "dtype": args.dtype,
-            "ratio_to_stock": measurement.median_ms / measured["alltoall"].median_ms,
-            **dataclasses.asdict(measurement),
-        }
-        for name, measurement in measured.items()
-    ]
+    rows = []
+    for name, measurement in measured.items():
+        dispatcher, _, transport = name.partition(" ")
+        run = {"dispatcher": dispatcher, "transport": transport or "collective", "ranks": ranks, "dtype": args.dtype}
+        ratio = measurement.median_ms / measured["alltoall"].median_ms
+        rows.append({**run, "ratio_to_stock": ratio, **dataclasses.asdict(measurement)})
+    result = {"rows": rows, "deduplicated_bytes_dispatch": deduplicated_bytes(routed, groups.ep)}
+    if len(ours) > 1:
+        result["transports_same_bits"] = same_bits([dispatchers[name] for name in ours], [routed])
     device = torch.cuda.get_device_name() if backend == "nccl" else "cpu"
-    env = {"device": device, "threads_per_rank": torch.get_num_threads(), "malloc": _malloc_settings()}
-    return {"rows": rows, "deduplicated_bytes_dispatch": deduplicated_bytes(routed, groups.ep), "env": env}
+    return {
+        **result,
+        "env": {"device": device, "backend": backend, "threads_per_rank": torch.get_num_threads(), "malloc": _malloc_settings()},
+    }
+
+
+def _transports(asked: list[str] | None, group: dist.ProcessGroup, sizes: CallSizes) -> list[str]:
+    """What `scalemoe` is measured over: the transports asked for, which must be there, or all that are."""
+    from megatron_scalemoe.errors import ScaleMoEError
+    from megatron_scalemoe.integration.transports import channel_of, check_transport
+
+    for transport in asked or ():
+        check_transport(group, transport)
+        if (found := channel_of(group, transport, sizes).name) != transport:
+            raise ScaleMoEError(f"--transport {transport} cannot be had", found=f"{found}; the line above says why")
+    return asked or list(dict.fromkeys(["collective", channel_of(group, "auto", sizes).name]))
 
 
 def make_routed_tokens(tokens: int, hidden: int, experts: int, top_k: int, skew: float, dtype: torch.dtype, seed: int):
@@ -103,6 +124,7 @@ def _parse_args() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=float, required=True)
     parser.add_argument("--dtype", choices=DTYPES, required=True)
     parser.add_argument("--dispatchers", nargs="+", required=True)
+    parser.add_argument("--transport", nargs="+")
     parser.add_argument("--result-file", type=pathlib.Path, required=True)
     return parser.parse_args()
 

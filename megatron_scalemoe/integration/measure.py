@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_scalemoe.config import ScaleMoEConfig
+from megatron_scalemoe.config import TRANSPORTS, ScaleMoEConfig
 from megatron_scalemoe.integration.token_dispatcher import ScaleMoETokenDispatcher
 from megatron_scalemoe.ops.wire import WireMeter
 
@@ -35,7 +36,8 @@ class RoutedTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One dispatcher: times of the slowest rank per iteration, bytes that left all ranks, largest relative difference to the baseline."""
+    """One dispatcher: times of the slowest rank per iteration, bytes that left all ranks by collectives, largest relative difference to the
+    baseline."""
 
     median_ms: float
     p90_ms: float
@@ -47,7 +49,10 @@ class Measurement:
 def make_dispatchers(
     names: Sequence[str], config: TransformerConfig, scalemoe: ScaleMoEConfig, pg_collection: ProcessGroupCollection
 ) -> dict[str, MoETokenDispatcher]:
-    """Token dispatchers by name: Megatron's `alltoall` and `allgather`, our `padded` baseline, and `scalemoe` as configured."""
+    """Token dispatchers by name: Megatron's `alltoall` and `allgather`, our `padded` baseline, and `scalemoe` as configured.
+
+    `scalemoe TRANSPORT` is the same over this transport. Collective over the dispatch group.
+    """
     num_local = config.num_moe_experts // pg_collection.ep.size()
     local = [pg_collection.ep.rank() * num_local + i for i in range(num_local)]
     makers: dict[str, Callable[[], MoETokenDispatcher]] = {
@@ -56,6 +61,9 @@ def make_dispatchers(
         "padded": lambda: ScaleMoETokenDispatcher(ScaleMoEConfig(dispatch="padded"), config, pg_collection),
         "scalemoe": lambda: ScaleMoETokenDispatcher(scalemoe, config, pg_collection),
     }
+    for transport in TRANSPORTS:
+        over_it = dataclasses.replace(scalemoe, transport=transport)
+        makers[f"scalemoe {transport}"] = functools.partial(ScaleMoETokenDispatcher, over_it, config, pg_collection)
     return {name: makers[name]() for name in names}
 
 
@@ -90,6 +98,12 @@ def measure_dispatchers(
         )
         for name in dispatchers
     }
+
+
+def same_bits(dispatchers: Iterable[MoETokenDispatcher], inputs: Sequence[RoutedTokens]) -> bool:
+    """Do all of them give the same outputs and gradients on all ranks, bit for bit?"""
+    results = [[tensor for routed in inputs for tensor in _results(dispatcher, routed)] for dispatcher in dispatchers]
+    return _sum_over_ranks(sum(not torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))) == 0
 
 
 def deduplicated_bytes(routed: RoutedTokens, group: dist.ProcessGroup) -> int:

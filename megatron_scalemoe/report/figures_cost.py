@@ -123,22 +123,22 @@ def dispatch_panel(rows: Sequence[dict], file: str, number: int) -> Panel:
         above = [max(0.0, row.get("p90_ms", row["median_ms"]) - row["median_ms"]) for row in shown]
         colors = [BASELINE_COLOR if row is baseline else PLAN_COLOR if row is best else GREY for row in shown]
         axis.barh(range(len(shown)), median, height=0.68, color=colors, xerr=[[0.0] * len(shown), above], ecolor=VERMILION, capsize=3)
-        axis.set_yticks(range(len(shown)), [label(row["dispatcher"]) for row in shown])
+        axis.set_yticks(range(len(shown)), [label(_dispatcher(row)) for row in shown])
         axis.invert_yaxis()
         axis.grid(axis="x")
         axis.set_xlabel("ms for dispatch + combine, forward and backward: median, and 90th percentile (whisker)")
         texts = [f"{row['median_ms']:.2f} ms" + (f", {row['ratio_to_stock']:.2f}x" if i else "") for i, row in enumerate(shown)]
         bar_labels(axis, [m + a for m, a in zip(median, above, strict=True)], texts)
         svg = to_svg(figure, f"dispatch-{number}")
-    title = f"{best['dispatcher']} takes {best['ratio_to_stock']:.2f}x the time of {baseline['dispatcher']}"
+    title = f"{_dispatcher(best)} takes {best['ratio_to_stock']:.2f}x the time of {baseline['dispatcher']}"
     if best is baseline:
         title = f"No dispatcher is faster than {baseline['dispatcher']}"
-    if best is not baseline and best.get("bytes_out") is not None and baseline.get("bytes_out"):
+    if best is not baseline and best.get("bytes_out") and baseline.get("bytes_out"):
         title += f" and sends {best['bytes_out'] / baseline['bytes_out']:.2f}x its bytes"
     headers = ["dispatcher", "median ms", "p90 ms", "time to stock", "bytes out", "max rel error"]
     cells = [
         [
-            row["dispatcher"],
+            _dispatcher(row),
             f"{row['median_ms']:.2f}",
             f"{row['p90_ms']:.2f}" if "p90_ms" in row else "–",
             f"{row['ratio_to_stock']:.2f}",
@@ -148,6 +148,11 @@ def dispatch_panel(rows: Sequence[dict], file: str, number: int) -> Panel:
         for row in rows
     ]
     return Panel(title, f"Bars of {len(shown)} dispatchers. {title}.", svg, Table(headers, cells, f"Measured, {file}"))
+
+
+def _dispatcher(row: dict) -> str:
+    """Its name, with the transport if that is not a collective."""
+    return f"{row['dispatcher']} ({row['transport']})" if row.get("transport") in ("shm", "cuda") else row["dispatcher"]
 
 
 def solvers_panel(rows: Sequence[dict], file: str, number: int) -> Panel:

@@ -29,10 +29,10 @@ def fake_ranks(monkeypatch):
     """Replaces the launch: the ranks' rows are set by the test, and their command lines are recorded."""
     calls = []
 
-    def answer_with(rows):
+    def answer_with(rows, **more):
         def run_ranks(module, arguments, **kwargs):
             calls.append((module, arguments, kwargs))
-            Path(arguments[arguments.index("--result-file") + 1]).write_text(json.dumps({"rows": rows}))
+            Path(arguments[arguments.index("--result-file") + 1]).write_text(json.dumps({"rows": rows, **more}))
 
         monkeypatch.setattr(bench, "run_ranks", run_ranks)
         monkeypatch.setattr(bench, "require_train_extra", lambda command: None)
@@ -101,6 +101,12 @@ def test_no_dispatcher_is_measured_twice():
     assert arguments[arguments.index("--dispatchers") + 1 : -2] == ["alltoall", "padded"]
 
 
+def test_transports_are_passed_on_once(fake_ranks):
+    calls = fake_ranks([row("alltoall")])
+    assert main(["bench", "dispatch", "--transport", "collective", "shm", "collective", "--quiet"]) == 0
+    assert "--transport collective shm --result-file" in " ".join(calls[0][1])
+
+
 def test_json_has_the_agreed_keys(fake_ranks, capsys):
     fake_ranks([row("alltoall"), row("scalemoe")])
     assert main(["bench", "dispatch", "--json"]) == 0
@@ -119,10 +125,25 @@ def test_table(fake_ranks, capsys):
     assert lines[3].split() == ["scalemoe", "collective", "2", "fp32", "12.35", "15.00", "1.0", "MiB", "0.50", "1.0e-07"]
 
 
+def test_the_table_says_what_bytes_do_not_count_and_that_transports_agree(fake_ranks, capsys):
+    fake_ranks([row("alltoall"), row("scalemoe"), row("scalemoe", transport="shm", bytes_out=0)], transports_same_bits=True)
+    assert main(["bench", "dispatch"]) == 0
+    *_, shm, bytes_note, bits_note = capsys.readouterr().out.splitlines()
+    assert shm.split()[:2] == ["scalemoe", "shm"]
+    assert "rows that go through shared memory or our CUDA kernels are not counted" in bytes_note
+    assert "the same bits" in bits_note
+
+
+def test_transports_that_disagree_fail_the_check(fake_ranks, capsys):
+    fake_ranks([row("alltoall"), row("scalemoe"), row("scalemoe", transport="shm")], transports_same_bits=False)
+    assert main(["bench", "dispatch"]) == 3
+    assert "check failed: scalemoe's results depend on the transport" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error", [0.1, float("nan")])
 def test_a_wrong_result_fails_the_check(error, fake_ranks, capsys):
     fake_ranks([row("alltoall"), row("scalemoe", max_rel_error=error)])
     assert main(["bench", "dispatch"]) == 3
     captured = capsys.readouterr()
-    assert "check failed: scalemoe differ from alltoall" in captured.err
+    assert "check failed: scalemoe (collective) differ from alltoall" in captured.err
     assert "dispatcher" in captured.out

@@ -52,6 +52,16 @@ def test_bench_files_are_fitted_together_for_one_exchange_and_one_rank(tmp_path)
     assert fit.apply(CostModel(hidden_size=7)) == CostModel(hidden_size=7, exchange_overhead_us=fit.overhead_us)
 
 
+def test_rows_that_no_meter_saw_are_left_out(tmp_path):
+    files = [bench_file(tmp_path / f"{i}.json", [(size, 30 + size / 2e3)]) for i, size in enumerate(SIZES)]
+    expected = fit_bench(files)
+    for path in files:
+        document = json.loads(path.read_text())
+        document["rows"].append({**document["rows"][0], "transport": "shm", "bytes_out": 0, "median_ms": 1.0})
+        path.write_text(json.dumps(document))
+    assert fit_bench(files).overhead_us == expected.overhead_us
+
+
 @pytest.mark.parametrize("times", [[0.0, 1.0], [float("nan"), 1.0], [-1.0, 1.0]])
 def test_impossible_times_are_refused(times):
     with pytest.raises(ScaleMoEError, match="timed above 0"):

@@ -1,6 +1,7 @@
 """Every dispatcher against the all-experts-at-hand reference: outputs, gradients, order and bytes."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_scalemoe.dispatch.local import LocalDispatcher
 from megatron_scalemoe.dispatch.padded import PaddedDispatcher
-from megatron_scalemoe.dispatch.placed import LayerPlacement, PlacedDispatcher
+from megatron_scalemoe.dispatch.placed import LayerPlacement, PlacedDispatcher, gather_by_collective
 from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.reference import moe_layer
@@ -100,15 +101,17 @@ def make_dispatcher(kind: str, case: Case):
     if kind == "placed":
         ranks = group.size() // case.expert_tp_size
         placement = LayerPlacement(np.array(case.slots), ranks, np.array(NODES[ranks]))
-        return PlacedDispatcher(group, placement, case.top_k, case.expert_tp_size, torch.device("cpu"))
+        inner = RaggedDispatcher(group, len(case.slots), case.top_k, case.expert_tp_size)
+        gather_counts = functools.partial(gather_by_collective, group)
+        return PlacedDispatcher(inner, placement, group.rank(), case.expert_tp_size, gather_counts, torch.device("cpu"))
     return LocalDispatcher()
 
 
-def run_case(kind: str, case: Case) -> dict:
+def run_case(kind: str, case: Case, make=make_dispatcher) -> dict:
     """On each rank: dispatch, experts, combine, backward; compare with the reference. Returns the largest errors."""
     rank = dist.get_rank()
     x, probs, routing_map = make_inputs(case, rank)
-    dispatcher = make_dispatcher(kind, case)
+    dispatcher = make(kind, case)
     rows, tokens_per_expert, row_probs, metadata = dispatcher.dispatch(x, probs, routing_map)
     assert rows.shape == (int(tokens_per_expert.sum()), case.hidden) and row_probs.shape == rows.shape[:1]
     num_local = len(tokens_per_expert)

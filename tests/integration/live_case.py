@@ -46,10 +46,19 @@ def make_live(setup: Setup, config: ScaleMoEConfig) -> tuple[Training, LiveBalan
 
 
 def random_losses(
-    setup: Setup, steps: int, replicas_in_all: int, replan_every: int, migrate_every: int, *, planted: str = "", place: str = "none"
+    setup: Setup,
+    steps: int,
+    replicas_in_all: int,
+    replan_every: int,
+    migrate_every: int,
+    *,
+    planted: str = "",
+    place: str = "none",
+    transport: str = "shm",
 ) -> list[float]:
     """Losses with random new replicas, and random new homes, every so many steps. planted: a mistake to make. place: sequences by what."""
-    config = ScaleMoEConfig(replicas=replicas_in_all, replan_interval=0, migrate=True, sequence_placement=place, trace_interval=1)
+    options = {"replan_interval": 0, "migrate": True, "sequence_placement": place, "trace_interval": 1, "transport": transport}
+    config = ScaleMoEConfig(replicas=replicas_in_all, **options)
     with _planted(planted):
         training, live = make_live(setup, config)
         rng = np.random.default_rng(setup.seed)

@@ -58,6 +58,13 @@ def test_bf16():
     assert difference(on_ranks(2, "random_losses", options, SHORT, 4, 5, 10)[0], 2, options) <= 2e-2
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_over_collectives(ranks):
+    options = {"ep": ranks}
+    losses = on_ranks(ranks, "random_losses", options, 12, 4, 3, 6, transport="collective")[0]
+    assert difference(losses, ranks, options) <= 1e-4
+
+
 @pytest.mark.parametrize("place", ["affinity", "history"])
 def test_sequence_placement_keeps_the_loss(place):
     options = {"ep": 2}

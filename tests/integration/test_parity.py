@@ -36,10 +36,10 @@ def check(world_size: int, values: dict) -> None:
         assert not too_large, f"rank {rank}: {too_large}"
 
 
-@pytest.mark.parametrize("baseline", ["alltoall", "allgather"])
+@pytest.mark.parametrize(("baseline", "transport"), [("alltoall", "shm"), ("alltoall", "collective"), ("allgather", "shm")])
 @pytest.mark.parametrize(("world_size", "ep"), [(2, 1), (2, 2), (4, 2), (4, 4)])
-def test_expert_parallel_sizes(world_size, ep, baseline):
-    check(world_size, {"ep": ep, "baseline": baseline})
+def test_expert_parallel_sizes(world_size, ep, baseline, transport):
+    check(world_size, {"ep": ep, "baseline": baseline, "scalemoe": ScaleMoEConfig(transport=transport)})
 
 
 @pytest.mark.parametrize("skew", [0.0, 1.0, 1.5])
@@ -49,21 +49,22 @@ def test_top_k_and_skew(top_k, skew):
     check(2, {"ep": 2, "top_k": top_k, "skew": skew, "options": options})
 
 
-@pytest.mark.parametrize("dispatch", ["ragged", "padded"])
+@pytest.mark.parametrize("options", [{"transport": "shm"}, {"transport": "collective"}, {"dispatch": "padded"}], ids=str)
 @pytest.mark.parametrize("ep", [2, 4])
-def test_bf16(ep, dispatch):
-    check(ep, {"ep": ep, "dtype": torch.bfloat16, "scalemoe": ScaleMoEConfig(dispatch=dispatch)})
+def test_bf16(ep, options):
+    check(ep, {"ep": ep, "dtype": torch.bfloat16, "scalemoe": ScaleMoEConfig(**options)})
 
 
 def test_padded_dispatch():
     check(4, {"ep": 4, "scalemoe": ScaleMoEConfig(dispatch="padded")})
 
 
+@pytest.mark.parametrize("transport", ["shm", "collective"])
 @pytest.mark.parametrize(("tp", "ep", "expert_tp"), [(2, 2, 2), (2, 4, 1), (2, 2, 1), (2, 1, 2)])
-def test_tensor_parallel(tp, ep, expert_tp):
+def test_tensor_parallel(tp, ep, expert_tp, transport):
     # stock alltoall cannot gather uneven expert-TP shards over gloo
     baseline = "allgather" if expert_tp > 1 else "alltoall"
-    check(4, {"tp": tp, "ep": ep, "expert_tp": expert_tp, "baseline": baseline})
+    check(4, {"tp": tp, "ep": ep, "expert_tp": expert_tp, "baseline": baseline, "scalemoe": ScaleMoEConfig(transport=transport)})
 
 
 OPTIONS = {
@@ -87,9 +88,10 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("transport", ["shm", "collective"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(name):
-    check(2, {"ep": 2, "options": OPTIONS[name]})
+def test_options(name, transport):
+    check(2, {"ep": 2, "options": OPTIONS[name], "scalemoe": ScaleMoEConfig(transport=transport)})
 
 
 def empty_or_tiny(case_values: dict) -> dict[str, float]:

@@ -1,12 +1,35 @@
-"""permute and unpermute against their plain-torch twins, and their gradients."""
+"""permute and unpermute, native and plain, against their plain-torch twins, and their gradients."""
+
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scalemoe.ops import reference
-from megatron_scalemoe.ops.permute import permute, row_map, unpermute
+from megatron_scalemoe.ops import native, reference
+from megatron_scalemoe.ops import permute as permute_module
+from megatron_scalemoe.ops.permute import permute, plain_row_map, row_map, sum_rows, unpermute
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module", params=["native", "plain"], autouse=True)
+def implementation(request):
+    """Every test by the native library, also below the size where it pays, and without it."""
+    if request.param == "native" and native.cpu() is None:
+        pytest.skip(native.why_not("cpu"))
+    library = native.cpu() and permute_module.native_library()
+    with mock.patch.multiple(permute_module, native_library=lambda: library if request.param == "native" else None, NATIVE_GATHER_BYTES=0):
+        yield request.param
+
+
+def sum_in_order(x: torch.Tensor, index: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Twin of `unpermute` to the last bit: one row after the other, in fp32 or fp64, rounded once."""
+    sums = torch.zeros(num_rows, x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    for m, n in enumerate(index.tolist()):
+        sums[n] += x[m].to(sums.dtype)
+    return sums.to(x.dtype)
 
 
 @st.composite
@@ -16,16 +39,34 @@ def maps(draw):
     return num_rows, torch.tensor(index, dtype=torch.int64)
 
 
-@given(maps(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
-@settings(max_examples=60, deadline=None)
-def test_twins(case, dtype):
+@given(maps(), st.sampled_from(DTYPES), st.integers(1, 70))
+@settings(max_examples=40, deadline=None)
+def test_twins(case, dtype, columns):
     num_rows, index = case
     rows = row_map(index, num_rows)
-    x = torch.randn(num_rows, 5).to(dtype)
+    x = torch.randn(num_rows, columns).to(dtype)
     assert torch.equal(permute(x, rows), reference.permute(x, index))
-    y = torch.randn(len(index), 5).to(dtype)
+    y = torch.randn(len(index), columns).to(dtype)
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     torch.testing.assert_close(unpermute(y, rows), reference.unpermute(y, index, num_rows), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_rows", "num_permuted", "columns"), [(50, 100, 1024), (7, 300, 33), (400, 100, 64)])
+def test_sums_have_the_same_bits_however_they_are_made(num_rows, num_permuted, columns, dtype):
+    generator = torch.Generator().manual_seed(num_rows)
+    index = torch.randint(0, num_rows, (num_permuted,), generator=generator)
+    x = (torch.randn(num_permuted, columns, generator=generator) * 10).to(dtype)
+    assert torch.equal(unpermute(x, row_map(index, num_rows)), sum_in_order(x, index, num_rows))
+
+
+def test_large_rows_in_several_threads():
+    """Enough bytes for several threads, recycled memory and stores past the caches."""
+    index = torch.randint(0, 3000, (9000,), generator=torch.Generator().manual_seed(0))
+    rows, x = row_map(index, 3000), torch.arange(3000 * 2048, dtype=torch.float32).view(3000, 2048) % 1021
+    copies = permute(x, rows)
+    assert torch.equal(copies, x[index])
+    assert torch.equal(unpermute(copies, rows), x * index.bincount(minlength=3000)[:, None])
 
 
 @given(maps())
@@ -36,8 +77,19 @@ def test_gradients(case):
     x = torch.randn(num_rows, 3, dtype=torch.float64, requires_grad=True)
     y = torch.randn(len(index), 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: permute(t, rows), (x,))
+    assert torch.autograd.gradgradcheck(lambda t: permute(t, rows), (x,))
     if len(index):
         assert torch.autograd.gradcheck(lambda t: unpermute(t, rows), (y,))
+    assert not sum_rows(y, rows).requires_grad
+
+
+@pytest.mark.parametrize("implementation", ["native"], indirect=True)
+def test_torch_ops(implementation):
+    rows = row_map(torch.tensor([0, 3, 3, 1, 4, 0]), 5)
+    maps = rows.index_M, rows.order_M, rows.offsets
+    torch.library.opcheck(torch.ops.scalemoe.row_map.default, (rows.index_M, 5))
+    torch.library.opcheck(torch.ops.scalemoe.gather_rows.default, (torch.randn(5, 4, requires_grad=True), *maps))
+    torch.library.opcheck(torch.ops.scalemoe.sum_rows.default, (torch.randn(6, 4, requires_grad=True), *maps))
 
 
 def test_order_is_ascending_within_a_source_row():
@@ -47,17 +99,29 @@ def test_order_is_ascending_within_a_source_row():
     assert rows.offsets.tolist() == [0, 3, 3, 5, 5]
 
 
-def test_bf16_sums_are_rounded_once():
+@pytest.mark.parametrize(("num_rows", "num_permuted"), [(1, 0), (5, 3), (1000, 4000)])
+def test_row_maps_are_alike(num_rows, num_permuted):
+    index = torch.randint(0, num_rows, (2 * num_permuted,))[::2]
+    rows, (order, offsets) = row_map(index, num_rows), plain_row_map(index, num_rows)
+    assert torch.equal(rows.order_M, order)
+    assert torch.equal(rows.offsets, offsets)
+
+
+def test_bf16_sums_are_rounded_once_and_ties_to_even():
     many = torch.full((1001, 8), 1.0, dtype=torch.bfloat16)  # adding 1 to 256 in bf16 changes nothing
     total = unpermute(many, row_map(torch.zeros(1001, dtype=torch.int64), 1))
     assert total[0, 0].item() == torch.tensor(1001.0, dtype=torch.bfloat16).item()
+    tie = torch.tensor([[256.0], [1.0], [258.0], [1.0]], dtype=torch.bfloat16)
+    assert unpermute(tie, row_map(torch.tensor([0, 0, 1, 1]), 2)).tolist() == [[256.0], [260.0]]
 
 
 def test_strided_rows():
     wide = torch.randn(6, 10)
     rows = row_map(torch.tensor([5, 0, 3]), 6)
     assert torch.equal(permute(wide[:, :4], rows), wide[[5, 0, 3], :4])
+    assert torch.equal(permute(wide.T[:6], rows), wide.T[[5, 0, 3]])
     assert torch.equal(unpermute(wide[:3, :4], rows)[5], wide[0, :4])
+    assert torch.equal(unpermute(wide[0, :4].expand(3, 4), rows)[5], wide[0, :4])
 
 
 def test_wrong_shapes_are_refused():
@@ -66,3 +130,20 @@ def test_wrong_shapes_are_refused():
         permute(torch.zeros(3, 4), rows)
     with pytest.raises(AssertionError):
         unpermute(torch.zeros(3, 4), rows)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_rows_that_do_not_exist_are_refused(index):
+    with pytest.raises(IndexError):
+        row_map(torch.tensor([0, index]), 2)
+
+
+@pytest.mark.parametrize(
+    "broken", [{"index_M": [0, 2]}, {"order_M": [0, 2]}, {"order_M": [0, -1]}, {"offsets": [0, 3, 2]}, {"offsets": [-1, 1, 2]}]
+)
+@pytest.mark.parametrize("implementation", ["native"], indirect=True)  # torch checks its own
+def test_the_native_library_reads_nothing_outside(implementation, broken):
+    maps = {"index_M": [0, 1], "order_M": [0, 1], "offsets": [0, 1, 2], **broken}
+    op = torch.ops.scalemoe.gather_rows if "index_M" in broken else torch.ops.scalemoe.sum_rows
+    with pytest.raises(IndexError):
+        op(torch.zeros(2, 4), *map(torch.tensor, maps.values()))

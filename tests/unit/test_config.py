@@ -38,6 +38,7 @@ def test_stock_is_the_default():
             ["--moe-dispatcher", "scalemoe", "--scalemoe-dispatch", "padded", "--scalemoe-padded-capacity-factor", "0"],
             "must be above 0",
         ),
+        (["--moe-dispatcher", "scalemoe", "--scalemoe-max-rows-factor", "0.5"], "must be 1 or more"),
         (["--moe-dispatcher", "scalemoe", "--scalemoe-force-skew", "-1"], "must be 0 or above"),
         (["--moe-dispatcher", "scalemoe", "--scalemoe-config", "/nowhere.yaml"], "cannot be read"),
     ],
@@ -63,7 +64,7 @@ def test_bad_yaml(tmp_path, text, message):
         parse("--moe-dispatcher", "scalemoe", "--scalemoe-config", str(path))
 
 
-@pytest.mark.parametrize("values", [{"dispatch": "magic"}, {"experts": "none"}])
+@pytest.mark.parametrize("values", [{"dispatch": "magic"}, {"transport": "tcp"}, {"experts": "none"}])
 def test_unknown_choices(values):
     with pytest.raises(ScaleMoEError, match="must be one of"):
         ScaleMoEConfig(**values)

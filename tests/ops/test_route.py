@@ -1,0 +1,97 @@
+"""route, native and plain: lists of experts, their probabilities, and the gradient."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.ops import native
+from megatron_scalemoe.ops import route as route_module
+from megatron_scalemoe.ops.route import route
+
+
+@pytest.fixture(params=["native", "plain"], autouse=True)
+def implementation(request):
+    if request.param == "native" and native.cpu() is None:
+        pytest.skip(native.why_not("cpu"))
+    if request.param == "plain":
+        with mock.patch.object(route_module, "native_library", return_value=None):
+            yield
+    else:
+        yield
+
+
+def routing(tokens: int, columns: int, most: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bool map with 0 to `most` columns per token, and probabilities everywhere."""
+    generator = torch.Generator().manual_seed(tokens)
+    chosen = torch.rand(tokens, columns, generator=generator).argsort(1)[:, :most]
+    kept = torch.rand(tokens, most, generator=generator) > 0.2
+    routing_map = torch.zeros(tokens, columns, dtype=torch.bool).scatter(1, chosen, kept)
+    return routing_map, torch.rand(tokens, columns, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("tokens", "columns", "most"), [(200, 8, 2), (77, 256, 8), (30, 13, 13), (5, 9, 1), (0, 4, 2)])
+def test_lists_of_experts(tokens, columns, most, dtype):
+    routing_map, probs = routing(tokens, columns, most, dtype)
+    experts, chosen = route(routing_map, probs, most)
+    assert (experts.dtype, chosen.dtype, experts.shape, chosen.shape) == (torch.int32, dtype, (tokens, most), (tokens, most))
+    for t in range(tokens):
+        wanted = routing_map[t].nonzero()[:, 0].tolist()
+        nothing = most - len(wanted)
+        assert experts[t].tolist() == wanted + [-1] * nothing
+        assert chosen[t].tolist() == probs[t, wanted].tolist() + [0] * nothing
+
+
+def test_room_for_more_experts_than_there_are():
+    experts, chosen = route(torch.tensor([[True, False, True]]), torch.tensor([[0.5, 9.0, 0.25]]), 5)
+    assert experts.tolist() == [[0, 2, -1, -1, -1]]
+    assert chosen.tolist() == [[0.5, 0.25, 0, 0, 0]]
+
+
+def test_strided_inputs():
+    routing_map, probs = routing(40, 16, 3)
+    experts, chosen = route(routing_map.T.contiguous().T, probs.repeat(1, 2)[:, :16], 3)
+    expected_experts, expected = route(routing_map, probs, 3)
+    assert torch.equal(experts, expected_experts)
+    assert torch.equal(chosen, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_goes_to_the_chosen_columns(dtype):
+    routing_map, probs = routing(50, 16, 4, dtype)
+    probs.requires_grad_()
+    experts, chosen = route(routing_map, probs, 4)
+    assert not experts.requires_grad
+    grad = torch.rand(50, 4).to(dtype)
+    chosen.backward(grad)
+    rank_of_column = (routing_map.cumsum(1) - 1).clamp(min=0)
+    assert torch.equal(probs.grad, torch.where(routing_map, grad.gather(1, rank_of_column), 0))
+
+
+def test_gradients_of_both_orders():
+    routing_map, probs = routing(6, 5, 3, torch.float64)
+    probs.requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: route(routing_map, p, 3)[1], (probs,))
+    assert torch.autograd.gradgradcheck(lambda p: route(routing_map, p, 3)[1], (probs,))
+
+
+def test_an_expert_is_never_dropped_silently():
+    routing_map = torch.ones(3, 4, dtype=torch.bool)
+    with pytest.raises(ScaleMoEError, match="a token with 4"):
+        route(routing_map, torch.rand(3, 4), 3)
+
+
+def test_unroute_refuses_columns_that_do_not_exist():
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.ops.scalemoe.unroute(torch.rand(1, 2), torch.tensor([[0, 7]], dtype=torch.int32), 3)
+
+
+def test_torch_ops():
+    routing_map, probs = routing(6, 5, 3)
+    experts, chosen = route(routing_map, probs, 3)
+    # its check of gradients adds up all outputs in place, which fails when the first one is an integer
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.scalemoe.route.default, (routing_map, probs.requires_grad_(), 3), test_utils=tests)
+    torch.library.opcheck(torch.ops.scalemoe.unroute.default, (chosen.requires_grad_(), experts, 5))

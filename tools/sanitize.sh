@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Builds the CPU library with the address and undefined-behaviour sanitizers and runs tests on it; the first finding ends the run. By default
+# the tests of shared memory and of the ops; arguments go to pytest instead: bash tools/sanitize.sh tests/ops -k rows
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT"
+PYTHON="${PYTHON:-$ROOT/.venv/bin/python}"
+CXX="${CXX:-g++}"
+DIRECTORY="$(mktemp -d)"
+trap 'rm -rf "$DIRECTORY"' EXIT
+"$CXX" -O1 -g -std=c++17 -fPIC -shared -fvisibility=hidden -pthread -Wall -Wextra -fno-omit-frame-pointer \
+    -fsanitize=address,undefined -fno-sanitize-recover=undefined -DSCALEMOE_SOURCE_HASH='"sanitized"' csrc/cpu/*.cpp \
+    -o "$DIRECTORY/libscalemoe_cpu.so"
+(($#)) || set -- tests/distributed/test_shm.py tests/distributed/test_shm_corruption.py tests/ops
+# Python and torch are not built with the sanitizers: their library must come first, and what they keep until the end is no leak of ours.
+LD_PRELOAD="$("$CXX" -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    SCALEMOE_LIBRARY_DIR="$DIRECTORY" "$PYTHON" -m pytest -q "$@"
