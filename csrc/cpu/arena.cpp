@@ -19,7 +19,7 @@ namespace scalemoe {
 namespace {
 
 constexpr uint64_t kMagic = 0x31'656f'4d65'6c61ull;  // changes with the layout
-constexpr double kSpinS = 30e-6, kSliceS = 50e-3;
+constexpr double kSpinS = 30e-6, kSliceS = 50e-3, kDyingS = 1.0;
 constexpr size_t kHalfStep = size_t{2} << 20;
 
 struct SharedCall {
@@ -96,6 +96,16 @@ FailureReport unpack(uint64_t word) {
   return report;
 }
 
+// Whether the process, whose descriptor could not be opened, is dead. A dying one has none for a moment before it counts as dead.
+bool is_dead(const Process& process, int error) {
+  const double end_s = now_s() + kDyingS;
+  do {
+    if (start_time(process.pid) != process.start_time) return true;
+    usleep(1000);
+  } while (error == ENOENT && now_s() < end_s);
+  return false;
+}
+
 // The fields of a call in the order in which they are compared and reported.
 void fields_of(const Call& call, int64_t (&fields)[kCallFields]) {
   const int64_t values[] = {call.op,          call.number,  call.confirms,  call.row_bytes, call.dtype,
@@ -137,7 +147,9 @@ int Arena::create_control(int64_t size, const uint64_t token[2], int* fd) {
 
 int Arena::open(int rank, const std::vector<Process>& processes, int64_t control_fd, const uint64_t token[2], double timeout_s) {
   const int64_t size = static_cast<int64_t>(processes.size());
-  if (const int failed = Segment::open(processes[0].pid, control_fd, control_bytes(size), true, &control_)) return failed;
+  if (const int failed = Segment::open(processes[0].pid, control_fd, control_bytes(size), true, &control_)) {
+    return is_dead(processes[0], failed) ? ESRCH : failed;
+  }
   const auto* control = reinterpret_cast<const Control*>(control_.data());
   if (control->magic != kMagic || control->size != processes.size() || std::memcmp(control->token, token, sizeof control->token) != 0) return EBADF;
   rank_ = rank;
@@ -287,7 +299,7 @@ int Arena::remap(bool* changed) {
     const int fd = shared.fd.load(std::memory_order_relaxed);
     const int failed = Segment::open(processes_[rank].pid, fd, bytes, false, &halves_[parity_][rank]);
     if (!failed) continue;
-    if (start_time(processes_[rank].pid) != processes_[rank].start_time) return fail(Failure::kDead, rank);
+    if (is_dead(processes_[rank], failed)) return fail(Failure::kDead, rank);
     return fail(failed == ENOMEM ? Failure::kNoMemory : Failure::kNotMapped, failed == ENOMEM ? rank_ : rank, failed);
   }
   return 0;

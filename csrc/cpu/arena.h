@@ -60,7 +60,7 @@ class Arena {
   // A control segment for `size` ranks, marked with a random token. Returns 0 or an errno; the caller closes `fd`.
   static int create_control(int64_t size, const uint64_t token[2], int* fd);
 
-  // Maps the control segment of rank 0. Returns 0 or an errno; EBADF if it is another one.
+  // Maps the control segment of rank 0. Returns 0 or an errno; EBADF if it is another one, ESRCH if rank 0 is dead.
   int open(int rank, const std::vector<Process>& processes, int64_t control_fd, const uint64_t token[2], double timeout_s);
   ~Arena();
 

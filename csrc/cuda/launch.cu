@@ -25,8 +25,8 @@ const Exchange& exchange_of(const void* handle) { return *static_cast<const Exch
 RowMap map_of(const Exchange& ex, int32_t* map, int32_t num_local) { return row_map_in(map, ex.num_ranks, num_local); }
 
 template <class Row>
-void launch_reduce(const Exchange& ex, const Announcement& call, const RowMap& map, int32_t num_rows, const Word* rows, const char* row_probs,
-                   cudaStream_t stream) {
+void launch_reduce(const Exchange& ex, const Announcement& call, const RowMap& map, int32_t num_rows, const Word* rows,
+                   const char* row_probs, cudaStream_t stream) {
   SCALEMOE_LAUNCH(ex.num_blocks, kPushThreads, stream, reduce_push<Row>, ex, call, map, num_rows, rows, row_probs);
 }
 

@@ -22,9 +22,9 @@ SCALEMOE_API void* scalemoe_cuda_open(int32_t num_ranks, int32_t rank, int32_t m
 SCALEMOE_API void scalemoe_cuda_close(void* handle);
 
 // prob_bytes 0: rows only, for receivers that have the map of an earlier dispatch.
-SCALEMOE_API int scalemoe_cuda_dispatch_push(const void* handle, const void* x, const int32_t* experts, const void* probs, int32_t num_tokens,
-                                             int32_t experts_per_token, int32_t num_local, int32_t row_bytes, int32_t prob_bytes,
-                                             cudaStream_t stream);
+SCALEMOE_API int scalemoe_cuda_dispatch_push(const void* handle, const void* x, const int32_t* experts, const void* probs,
+                                             int32_t num_tokens, int32_t experts_per_token, int32_t num_local, int32_t row_bytes,
+                                             int32_t prob_bytes, cudaStream_t stream);
 
 // Waits for all sources, builds the map and takes the rows to their experts.
 SCALEMOE_API int scalemoe_cuda_dispatch_receive(const void* handle, int32_t experts_per_token, int32_t num_local, int32_t row_bytes,
@@ -37,13 +37,13 @@ SCALEMOE_API int scalemoe_cuda_rows_receive(const void* handle, int32_t experts_
 
 // prob_bytes 0: rows only.
 SCALEMOE_API int scalemoe_cuda_combine_push(const void* handle, const void* rows, const void* row_probs, int32_t* map_items,
-                                            int32_t num_rows, int32_t experts_per_token, int32_t num_local, int32_t row_bytes, int32_t prob_bytes,
-                                            int32_t dtype, cudaStream_t stream);
+                                            int32_t num_rows, int32_t experts_per_token, int32_t num_local, int32_t row_bytes,
+                                            int32_t prob_bytes, int32_t dtype, cudaStream_t stream);
 
 // prob_bytes 0: rows only, as in the push.
 SCALEMOE_API int scalemoe_cuda_combine_receive(const void* handle, const int32_t* experts, int32_t num_tokens, int32_t experts_per_token,
-                                               int32_t num_local, int32_t row_bytes, int32_t prob_bytes, int32_t dtype, void* y, void* probs,
-                                               cudaStream_t stream);
+                                               int32_t num_local, int32_t row_bytes, int32_t prob_bytes, int32_t dtype, void* y,
+                                               void* probs, cudaStream_t stream);
 
 // counts: `bytes` of any type; gathered: [G, bytes].
 SCALEMOE_API int scalemoe_cuda_gather_counts(const void* handle, const void* counts, int32_t bytes, void* gathered, cudaStream_t stream);

@@ -41,8 +41,8 @@ struct State {
   uint32_t failure;         // FailureCode or 0; once set it stays, and nothing is sent or waited for any more
 };
 
-// One open transport. buffers[g] is rank g's symmetric buffer as mapped here: kMaxRanks flag lines, then two halves of equal layout, used in
-// turn. A half has one slot for each source rank in each section; rows lie densely with the row length of the call.
+// One open transport. buffers[g] is rank g's symmetric buffer as mapped here: kMaxRanks flag lines, then two halves of equal layout, used
+// in turn. A half has one slot for each source rank in each section; rows lie densely with the row length of the call.
 struct Exchange {
   int32_t num_ranks, rank, max_tokens, max_experts, num_blocks;
   int64_t max_row_bytes;

@@ -9,12 +9,15 @@ namespace scalemoe {
 // Each received row (s, t) to the rows of its experts, unless prob_bytes is 0 its items to `row_probs_R` [R], zeros to the padding. After a
 // failure all rows become NaN. A map of more than `num_rows` rows is a failure, with no rows at all.
 SCALEMOE_KERNEL(kLocalThreads)
-expand(SCALEMOE_PARAM Exchange ex, SCALEMOE_PARAM Announcement call, SCALEMOE_PARAM RowMap map, int num_rows, Word* rows_RD, char* row_probs_R) {
+expand(SCALEMOE_PARAM Exchange ex, SCALEMOE_PARAM Announcement call, SCALEMOE_PARAM RowMap map, int num_rows, Word* rows_RD,
+       char* row_probs_R) {
   const int lane = lane_id(), num_experts = call.experts_per_token, num_words = call.row_bytes / static_cast<int>(sizeof(Word));
   const uint32_t epoch = ex.state->epoch;
   if (lacks_rows(ex, call, map, num_rows)) return;
   if (has_failed(ex)) {
-    for (int r = warp_id(); r < map.first_row_L[call.num_local]; r += num_warps()) fill_row(rows_RD + int64_t{r} * num_words, num_words, not_a_number());
+    for (int r = warp_id(); r < map.first_row_L[call.num_local]; r += num_warps()) {
+      fill_row(rows_RD + int64_t{r} * num_words, num_words, not_a_number());
+    }
     return;
   }
   for (int i = warp_id(); i < ex.num_ranks * ex.max_tokens; i += num_warps()) {

@@ -39,10 +39,11 @@ SCALEMOE_DEVICE uint32_t ranks_of(int column, int num_local) {
   return __reduce_or_sync(kAllLanes, column >= 0 ? 1u << (column / num_local) : 0u);
 }
 
-// x [T, D] to each rank that holds an expert of the token, once per rank, into row (my rank, t) there; experts [T, K] and probs [T, K] to all
-// ranks, unless prob_bytes is 0: then the receivers have the map already.
+// x [T, D] to each rank that holds an expert of the token, once per rank, into row (my rank, t) there; experts [T, K] and probs [T, K] to
+// all ranks, unless prob_bytes is 0: then the receivers have the map already.
 SCALEMOE_KERNEL(kPushThreads)
-dispatch_push(SCALEMOE_PARAM Exchange ex, SCALEMOE_PARAM Announcement call, const Word* x_TD, const int32_t* experts_TK, const char* probs_TK) {
+dispatch_push(SCALEMOE_PARAM Exchange ex, SCALEMOE_PARAM Announcement call, const Word* x_TD, const int32_t* experts_TK,
+              const char* probs_TK) {
   if (has_failed(ex)) return;
   const uint32_t epoch = ex.state->epoch + 1;
   const int num_words = call.row_bytes / static_cast<int>(sizeof(Word));
@@ -70,7 +71,8 @@ dispatch_push(SCALEMOE_PARAM Exchange ex, SCALEMOE_PARAM Announcement call, cons
 }
 
 // For each (source s, token t) with rows here: their sum, in ascending order of experts, into row (my rank, t) at the source; and, unless
-// prob_bytes is 0, each of these rows' item of `row_probs_R` into item (my rank, t, k) there. A map of more than `num_rows` rows is a failure.
+// prob_bytes is 0, each of these rows' item of `row_probs_R` into item (my rank, t, k) there. A map of more than `num_rows` rows is a
+// failure.
 template <class Row>
 SCALEMOE_KERNEL(kPushThreads)
 reduce_push(SCALEMOE_PARAM Exchange ex, SCALEMOE_PARAM Announcement call, SCALEMOE_PARAM RowMap map, int num_rows, const Word* rows_RD,

@@ -15,8 +15,8 @@ SCALEMOE_DEVICE int num_warps() { return static_cast<int>(gridDim.x * (blockDim.
 constexpr uint64_t kNanBits = ~uint64_t{0};
 SCALEMOE_DEVICE Word not_a_number() { return Word{~0u, ~0u, ~0u, ~0u}; }
 
-// A warp reads a row once and writes it to each target: `each_target(store_to)` calls `store_to(row)` for each. All lanes take part in every
-// call, so `each_target` may use warp intrinsics.
+// A warp reads a row once and writes it to each target: `each_target(store_to)` calls `store_to(row)` for each. All lanes take part in
+// every call, so `each_target` may use warp intrinsics.
 template <class EachTarget>
 SCALEMOE_DEVICE void copy_row(const Word* source, int num_words, EachTarget each_target) {
   for (int start = 0; start < num_words; start += kWarp * kUnroll) {

@@ -1,7 +1,7 @@
 // Flags between ranks, failures, and the end of a push.
 //
-// Operation n writes into half n % 2 of the peers' buffers. One round of flags is enough: a rank that has all flags of operation n - 1 knows
-// that its peers pushed n - 1, in stream order after they had read all of operation n - 2, the last one to use half n % 2.
+// Operation n writes into half n % 2 of the peers' buffers. One round of flags is enough: a rank that has all flags of operation n - 1
+// knows that its peers pushed n - 1, in stream order after they had read all of operation n - 2, the last one to use half n % 2.
 #pragma once
 
 #include "rows.h"

@@ -117,19 +117,24 @@ void launch_step(const Configuration& c, void* handle, const Step& s, int capaci
   const int dtype = c.is_bf16 ? 1 : 0, L = c.num_local, K = c.top_k, T = s.num_tokens, bytes = c.row_bytes();
   scalemoe_cuda_gather_counts(handle, s.counts.data(), static_cast<int>(s.counts.count * 8), s.gathered.data(), stream);
   scalemoe_cuda_dispatch_push(handle, s.x.data(), s.experts.data(), s.probs.data(), T, K, L, bytes, 4, stream);
-  scalemoe_cuda_dispatch_receive(handle, K, L, bytes, 4, capacity, c.alignment, s.rows.data(), s.row_probs.data(), s.tokens_per_expert.data(),
-                                 s.map.data(), stream);
+  scalemoe_cuda_dispatch_receive(handle, K, L, bytes, 4, capacity, c.alignment, s.rows.data(), s.row_probs.data(),
+                                 s.tokens_per_expert.data(), s.map.data(), stream);
   scalemoe_cuda_combine_push(handle, s.expert_out.data(), nullptr, s.map.data(), c.capacity(), K, L, bytes, 0, dtype, stream);
   scalemoe_cuda_combine_receive(handle, s.experts.data(), T, K, L, bytes, 0, dtype, s.y.data(), nullptr, stream);
   scalemoe_cuda_dispatch_push(handle, s.grad_y.data(), s.experts.data(), nullptr, T, K, L, bytes, 0, stream);
   scalemoe_cuda_rows_receive(handle, K, L, bytes, c.capacity(), s.grad_rows.data(), s.map.data(), stream);
-  scalemoe_cuda_combine_push(handle, s.grad_rows_in.data(), s.grad_row_probs.data(), s.map.data(), c.capacity(), K, L, bytes, 4, dtype, stream);
+  scalemoe_cuda_combine_push(handle, s.grad_rows_in.data(), s.grad_row_probs.data(), s.map.data(), c.capacity(), K, L, bytes, 4, dtype,
+                             stream);
   scalemoe_cuda_combine_receive(handle, s.experts.data(), T, K, L, bytes, 4, dtype, s.grad_x.data(), s.grad_probs.data(), stream);
 }
 
 bool complain(const char* what, int rank, int index) {
   std::fprintf(stderr, "%s is wrong: rank %d, index %d\n", what, rank, index);
   return false;
+}
+
+bool differ(const Array<char>& rows, int row, const Array<char>& others, int other, int bytes) {
+  return std::memcmp(rows.data() + row * bytes, others.data() + other * bytes, static_cast<size_t>(bytes)) != 0;
 }
 
 // What arrives at `rank`; fills row_of[s][t * K + k].
@@ -145,8 +150,8 @@ bool check_dispatch(const Configuration& c, const std::vector<Step>& ranks, int 
         if (from.experts[i] != rank * c.num_local + e) continue;
         const int t = i / c.top_k;
         row_of[s][i] = row;
-        if (std::memcmp(mine.rows.data() + row * bytes, from.x.data() + t * bytes, bytes) != 0) return complain("a row", rank, row);
-        if (std::memcmp(mine.grad_rows.data() + row * bytes, from.grad_y.data() + t * bytes, bytes) != 0) return complain("a row's gradient", rank, row);
+        if (differ(mine.rows, row, from.x, t, bytes)) return complain("a row", rank, row);
+        if (differ(mine.grad_rows, row, from.grad_y, t, bytes)) return complain("a row's gradient", rank, row);
         if (mine.row_probs[row] != from.probs[i]) return complain("a row's probability", rank, row);
         ++row;
       }
@@ -162,8 +167,8 @@ bool check_dispatch(const Configuration& c, const std::vector<Step>& ranks, int 
 }
 
 // The sum over ranks of each rank's rounded sum of the token's rows.
-bool check_sum(const Configuration& c, const std::vector<Step>& ranks, int rank, int t, const std::vector<std::vector<std::vector<int>>>& row_of,
-               Array<char> Step::*rows, const char* result) {
+bool check_sum(const Configuration& c, const std::vector<Step>& ranks, int rank, int t,
+               const std::vector<std::vector<std::vector<int>>>& row_of, Array<char> Step::*rows, const char* result) {
   const Step& mine = ranks[rank];
   std::vector<char> partial(c.row_bytes()), expected(c.row_bytes());
   for (int i = 0; i < c.columns; ++i) {
@@ -211,7 +216,8 @@ bool check_step(const Configuration& c, const std::vector<Step>& ranks) {
 // One rank has too little room: it must say so, and no rank may train on what it gets.
 bool check_overflow(const std::vector<Step>& ranks, const std::vector<Array<uint32_t>>& failures) {
   for (size_t g = 0; g < ranks.size(); ++g) {
-    if (failures[g][0] != scalemoe::kTooManyRows || failures[g][1] != 1) return complain("the failure", static_cast<int>(g), failures[g][0]);
+    const uint32_t code = failures[g][0], culprits = failures[g][1];
+    if (code != scalemoe::kTooManyRows || culprits != 1) return complain("the failure", static_cast<int>(g), static_cast<int>(code));
     for (int b = 0; b < static_cast<int>(ranks[g].grad_x.count); ++b) {
       if (ranks[g].grad_x[b] != static_cast<char>(0xff)) return complain("x's gradient after a failure", static_cast<int>(g), b);
     }
@@ -265,11 +271,14 @@ int main(int argc, char** argv) {
     const int top_ks[] = {2, 4, 1};
     Configuration c{};
     c.num_ranks = 1 << (i % 3), c.top_k = top_ks[(i + i / 3) % 3], c.num_local = c.top_k == 4 ? 4 : 1 + random_below(4);
-    c.max_tokens = i % 3 == 1 ? scalemoe::kMapThreads + 1 + random_below(20) : 1 + random_below(30), c.is_bf16 = i % 2 == 1, c.columns = random_below(5) == 0 ? 8 * 67 : 8 * (1 + random_below(12));
+    c.max_tokens = i % 3 == 1 ? scalemoe::kMapThreads + 1 + random_below(20) : 1 + random_below(30);
+    c.is_bf16 = i % 2 == 1, c.columns = random_below(5) == 0 ? 8 * 67 : 8 * (1 + random_below(12));
     c.alignment = random_below(2) == 1 ? 8 : 1, c.first_epoch = random_below(2) == 1 ? 0xfffffff8u : 0, c.overflows = i % 8 == 7;
     if (c.overflows) c.max_tokens = 1 + random_below(8);
     if (check_configuration(c, seed + i)) continue;
-    std::fprintf(stderr, "configuration %d of seed %llu: %d ranks, top %d of %d local, at most %d tokens, %d columns %s, alignment %d, epochs from %u%s\n",
+    std::fprintf(stderr,
+                 "configuration %d of seed %llu: %d ranks, top %d of %d local, at most %d tokens, %d columns %s, alignment %d, "
+                 "epochs from %u%s\n",
                  i, static_cast<unsigned long long>(seed), c.num_ranks, c.top_k, c.num_local, c.max_tokens, c.columns,
                  c.is_bf16 ? "bf16" : "fp32", c.alignment, c.first_epoch, c.overflows ? ", overflow" : "");
     return 1;

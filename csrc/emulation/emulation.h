@@ -6,8 +6,6 @@
 // PTX, caches, fences that x86 does not need, or speed.
 #pragma once
 
-#include <tuple>
-
 #include "scheduler.h"
 
 #define SCALEMOE_KERNEL(threads) inline void
@@ -17,9 +15,8 @@
 #define SCALEMOE_SHARED(type, name, count) \
   static const char key_of_##name = 0;     \
   type* const name = static_cast<type*>(emulation::shared_memory(&key_of_##name, sizeof(type) * (count)))
-// A copy of all arguments, as a launch takes.
-#define SCALEMOE_LAUNCH(blocks, threads, stream, kernel, ...) \
-  emulation::launch_body(stream, blocks, threads, [arguments = std::make_tuple(__VA_ARGS__)] { std::apply(kernel, arguments); })
+// With copies of what the arguments are made of, as they may be gone when the kernel runs.
+#define SCALEMOE_LAUNCH(blocks, threads, stream, kernel, ...) emulation::launch_body(stream, blocks, threads, [=] { kernel(__VA_ARGS__); })
 
 #define threadIdx emulation::thread_index
 #define blockIdx emulation::block_index

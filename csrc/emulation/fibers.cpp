@@ -73,7 +73,8 @@ struct Block {
   std::unordered_map<const void*, size_t> shared_offset;
 };
 
-// A place to go on from. swapcontext saves the signal mask, which is a system call; jumps do without, but ThreadSanitizer does not follow them.
+// A place to go on from. swapcontext saves the signal mask, which is a system call. Jumps do without, but ThreadSanitizer does not follow
+// them.
 struct Context {
   ucontext_t context;
   jmp_buf jump;

@@ -25,7 +25,9 @@ void launch(void* stream, unsigned blocks, unsigned threads, void (*body)(void*)
 
 template <class Body>
 void launch_body(void* stream, unsigned blocks, unsigned threads, Body body) {
-  launch(stream, blocks, threads, [](void* b) { (*static_cast<Body*>(b))(); }, [](void* b) { delete static_cast<Body*>(b); }, new Body(body));
+  const auto run = [](void* b) { (*static_cast<Body*>(b))(); };
+  const auto destroy = [](void* b) { delete static_cast<Body*>(b); };
+  launch(stream, blocks, threads, run, destroy, new Body(body));
 }
 
 }  // namespace emulation

@@ -7,6 +7,7 @@ new function there.
 from __future__ import annotations
 
 import dataclasses
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -249,11 +250,15 @@ def _copies(case: Case) -> dict[str, Timed]:
 
 
 def _times_in_turns(timed: dict[str, Timed], on_cuda: bool, iters: int, warmup: int) -> dict[str, list[float]]:
-    """Milliseconds of each, one after the other in every iteration, so that a drift of the machine's speed hits all alike."""
+    """Milliseconds of each, one after the other in every iteration, so that a drift of the machine's speed hits all alike.
+
+    Each time in another order: who comes after whom decides what it finds in the caches.
+    """
+    order = random.Random(0)
     synchronize = torch.cuda.synchronize if on_cuda else lambda: None
     times_ms: dict[str, list[float]] = {name: [] for name in timed}
     for iteration in range(warmup + iters):
-        for name, (start, function) in timed.items():
+        for name, (start, function) in order.sample(list(timed.items()), len(timed)):
             started = start()
             synchronize()
             began = time.perf_counter()

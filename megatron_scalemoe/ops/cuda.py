@@ -228,6 +228,7 @@ class CudaTransport:
         num_tokens, experts_per_token = experts_TK.shape
         row_bytes = _row_bytes(rows)
         expected = (
+            (rows.device == experts_TK.device == self.device, f"tensors on {self.device}", rows.device),
             (rows.dtype in DTYPES, "rows of fp32, bf16 or fp16", rows.dtype),
             (row_bytes % WORD_BYTES == 0 and row_bytes > 0, "rows of a multiple of 16 bytes", row_bytes),
             (row_bytes <= self.limits.max_row_bytes, "rows of at most {0.max_row_bytes} bytes", row_bytes),
@@ -236,7 +237,7 @@ class CudaTransport:
             (0 < num_local <= MAX_LOCAL_EXPERTS, f"1 to {MAX_LOCAL_EXPERTS} experts on a rank", num_local),
             (experts_TK.dtype == torch.int32, "experts of torch.int32", experts_TK.dtype),
             (not rows_are_tokens or len(rows) == num_tokens, "as many rows as tokens that have experts", len(rows)),
-            (probs is None or probs.itemsize in (2, 4, 8), "probabilities of 2, 4 or 8 bytes", probs),
+            (probs is None or probs.itemsize in (2, 4, 8), "probabilities of 2, 4 or 8 bytes", probs is not None and probs.dtype),
         )
         for fits, what, found in expected:
             if not fits:

@@ -14,11 +14,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_scalemoe.ops import native, pool
 
-# Smaller results: the C library still has their memory (it gives back at once what is larger), and torch's threads are awake already.
-NATIVE_GATHER_BYTES = 32 << 20
+# Smaller results lie in torch's own memory, and its own gather is as fast.
+NATIVE_GATHER_BYTES = pool.SMALLEST_BLOCK_BYTES
 # Codes of the C interface.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -42,13 +43,13 @@ class RowMap:
 
 def row_map(index_M: Tensor, num_rows: int) -> RowMap:
     """The `RowMap` of an int64 index with values in [0, num_rows). No host synchronisation. IndexError for other values on the CPU."""
-    return RowMap(index_M, *torch.ops.scalemoe.row_map(index_M, num_rows))
+    make = _cpu_row_map if on_plain_cpu(index_M) else torch.ops.scalemoe.row_map
+    return RowMap(index_M, *make(index_M, num_rows))
 
 
 def permute(x_ND: Tensor, rows: RowMap) -> Tensor:
     """`x_ND[rows.index_M]`: [num_rows, D] -> [M, D], any float dtype. The gradient of a source row is the sum of its copies' gradients."""
-    assert x_ND.dim() == 2 and x_ND.shape[0] == rows.num_rows, (x_ND.shape, rows.num_rows)
-    return _GatherRows.apply(x_ND, rows.index_M, rows.order_M, rows.offsets)
+    return _Permute.apply(x_ND, rows)
 
 
 def unpermute(x_MD: Tensor, rows: RowMap) -> Tensor:
@@ -56,38 +57,49 @@ def unpermute(x_MD: Tensor, rows: RowMap) -> Tensor:
 
     Sums in fp32 (fp64 for fp64) in ascending order of m and rounds once, so the result does not depend on the number of threads.
     """
-    assert x_MD.dim() == 2 and x_MD.shape[0] == rows.index_M.numel(), (x_MD.shape, rows.index_M.shape)
-    return _SumRows.apply(x_MD, rows.index_M, rows.order_M, rows.offsets)
+    return _Unpermute.apply(x_MD, rows)
+
+
+def gather_rows(x_ND: Tensor, rows: RowMap) -> Tensor:
+    """`permute` without autograd."""
+    assert x_ND.dim() == 2 and x_ND.shape[0] == rows.num_rows, (x_ND.shape, rows.num_rows)
+    if on_plain_cpu(x_ND):
+        return _cpu_gather_rows(x_ND, rows.index_M, rows.order_M, rows.offsets)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.scalemoe.gather_rows(x_ND, rows.index_M, rows.order_M, rows.offsets)
 
 
 def sum_rows(x_MD: Tensor, rows: RowMap) -> Tensor:
     """`unpermute` without autograd."""
-    with torch.no_grad():
-        return unpermute(x_MD, rows)
+    assert x_MD.dim() == 2 and x_MD.shape[0] == rows.index_M.numel(), (x_MD.shape, rows.index_M.shape)
+    if on_plain_cpu(x_MD):
+        return _cpu_sum_rows(x_MD, rows.index_M, rows.order_M, rows.offsets)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.scalemoe.sum_rows(x_MD, rows.index_M, rows.order_M, rows.offsets)
 
 
-class _GatherRows(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, index, order, offsets):
-        ctx.save_for_backward(index, order, offsets)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.scalemoe.gather_rows(x, index, order, offsets)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _SumRows.apply(grad, *ctx.saved_tensors), None, None, None
-
-
-class _SumRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, index, order, offsets):
-        ctx.save_for_backward(index, order, offsets)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.scalemoe.sum_rows(x, index, order, offsets)
+    def forward(ctx, x_ND, rows):
+        ctx.rows = rows
+        return gather_rows(x_ND, rows)
 
     @staticmethod
-    def backward(ctx, grad):
-        return _GatherRows.apply(grad, *ctx.saved_tensors), None, None, None
+    @once_differentiable
+    def backward(ctx, grad_MD):
+        return sum_rows(grad_MD, ctx.rows), None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_MD, rows):
+        ctx.rows = rows
+        return sum_rows(x_MD, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_ND):
+        return gather_rows(grad_ND, ctx.rows), None
 
 
 # ---- without the native library ----
@@ -114,6 +126,11 @@ def plain_sum_rows(x: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> 
 
 
 # ---- by the native library, on the CPU ----
+
+
+def on_plain_cpu(x: Tensor) -> bool:
+    """Whether the CPU's function may be called without torch's dispatcher, which takes 5 us to come back to Python, 80 with cold caches."""
+    return type(x) is Tensor and x.is_cpu
 
 
 @functools.cache
@@ -210,12 +227,12 @@ define_op(
     plain=plain_gather_rows,
     cpu=_cpu_gather_rows,
     fake=lambda x, index, order, offsets: x.new_empty(index.shape[0], x.shape[1]),
-    autograd=_GatherRows.apply,
+    autograd=lambda x, *maps: _Permute.apply(x, RowMap(*maps)),
 )
 define_op(
     "sum_rows(Tensor x, Tensor index, Tensor order, Tensor offsets) -> Tensor",
     plain=plain_sum_rows,
     cpu=_cpu_sum_rows,
     fake=lambda x, index, order, offsets: x.new_empty(offsets.shape[0] - 1, x.shape[1]),
-    autograd=_SumRows.apply,
+    autograd=lambda x, *maps: _Unpermute.apply(x, RowMap(*maps)),
 )

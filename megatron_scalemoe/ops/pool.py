@@ -60,12 +60,13 @@ class Pool:
             return self._idle_bytes
 
     def _take(self, num_bytes: int) -> mmap.mmap:
-        """The smallest idle block that is large enough and at most twice as large, or a new one."""
+        """The smallest idle block that is large enough and at most twice as large, or a new one. Of equals the last to come back: the caches
+        may still have it."""
         with self._lock:
             self._sort_in()
-            fitting = [i for i, block in enumerate(self._idle) if num_bytes <= len(block) <= 2 * num_bytes]
+            fitting = [(len(block), -i) for i, block in enumerate(self._idle) if num_bytes <= len(block) <= 2 * num_bytes]
             if fitting:
-                block = self._idle.pop(min(fitting, key=lambda i: len(self._idle[i])))
+                block = self._idle.pop(-min(fitting)[1])
                 self._idle_bytes -= len(block)
                 return block
         return _map(num_bytes)

@@ -6,9 +6,10 @@ import ctypes
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.ops.permute import define_op, native_library
+from megatron_scalemoe.ops.permute import define_op, native_library, on_plain_cpu
 
 
 def route(routing_map_TQ: Tensor, probs_TQ: Tensor, max_experts: int) -> tuple[Tensor, Tensor]:
@@ -24,31 +25,22 @@ def route(routing_map_TQ: Tensor, probs_TQ: Tensor, max_experts: int) -> tuple[T
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, routing_map, probs, max_experts):
-        with torch._C._AutoDispatchBelowAutograd():
-            experts, chosen = torch.ops.scalemoe.route(routing_map, probs, max_experts)
+        if on_plain_cpu(probs):
+            experts, chosen = _cpu_route(routing_map, probs, max_experts)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                experts, chosen = torch.ops.scalemoe.route(routing_map, probs, max_experts)
         ctx.num_columns = routing_map.shape[1]
         ctx.mark_non_differentiable(experts)
         ctx.save_for_backward(experts)
         return experts, chosen
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, _, grad_chosen):
         (experts,) = ctx.saved_tensors
-        return None, _Unroute.apply(grad_chosen, experts, ctx.num_columns), None
-
-
-class _Unroute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, chosen, experts, num_columns):
-        ctx.save_for_backward(experts)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.scalemoe.unroute(chosen, experts, num_columns)
-
-    @staticmethod
-    def backward(ctx, grad_TQ):
-        (experts,) = ctx.saved_tensors
-        gathered = grad_TQ.gather(1, experts.clamp(min=0).long())
-        return gathered.masked_fill(experts < 0, 0), None, None
+        unroute = _cpu_unroute if on_plain_cpu(grad_chosen) else torch.ops.scalemoe.unroute
+        return None, unroute(grad_chosen, experts, ctx.num_columns), None
 
 
 def plain_route(routing_map: Tensor, probs: Tensor, max_experts: int) -> tuple[Tensor, Tensor]:
@@ -131,5 +123,4 @@ define_op(
     plain=plain_unroute,
     cpu=_cpu_unroute,
     fake=lambda chosen, experts, num_columns: chosen.new_empty(chosen.shape[0], num_columns),
-    autograd=_Unroute.apply,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import secrets
@@ -187,7 +188,7 @@ def _open(rank: int, ranks: Sequence[int], everyone: list[dict], timeout_s: floa
     failed = _library().scalemoe_shm_open(rank, len(ranks), pids, start_times, fd, token, timeout_s, ctypes.byref(handle))
     if not failed:
         return Arena(handle.value, rank, ranks, timeout_s), None
-    if _library().scalemoe_shm_start_time(pids[0]) != start_times[0]:
+    if failed == errno.ESRCH:
         return None, f"rank {ranks[0]} {DIED}"
     return None, f"the memory of rank {ranks[0]} could not be opened: {os.strerror(failed)}"
 

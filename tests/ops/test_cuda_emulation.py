@@ -136,7 +136,9 @@ def objects(tmp_path_factory):
 
 def run_check(objects, sources, folder, by: str, configurations: int, seed: int) -> subprocess.CompletedProcess:
     flags = ["-fsanitize=thread"] if by == "race" else []
-    program = link(folder / "check", [compile_object(sources / "launch.cu", folder / "launch.o", *flags), *objects[by]], *flags)
+    # unoptimised it compiles in a third of the time, which is what most of these programs take
+    launch = compile_object(sources / "launch.cu", folder / "launch.o", *(flags or ["-O0"]))
+    program = link(folder / "check", [launch, *objects[by]], *flags)
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     return subprocess.run([program, str(configurations), str(seed)], capture_output=True, text=True, timeout=100, env=environment)
 
