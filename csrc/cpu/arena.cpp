@@ -100,7 +100,8 @@ FailureReport unpack(uint64_t word) {
 bool is_dead(const Process& process, int error) {
   const double end_s = now_s() + kDyingS;
   do {
-    if (start_time(process.pid) != process.start_time) return true;
+    const int64_t started = start_time(process.pid);
+    if (started != 0 && started != process.start_time) return true;
     usleep(1000);
   } while (error == ENOENT && now_s() < end_s);
   return false;

@@ -135,7 +135,7 @@ template <class Type, class Rows>
 SCALEMOE_INLINE void sum_columns(typename Type::Item* dst, const Rows& rows, int64_t n, int64_t begin, int64_t end) {
   using Item = typename Type::Item;
   using Sum = typename Type::Sum;
-  constexpr int64_t kLanes = Type::kLanes, kUnrolled = sizeof(Item) == 2 ? 2 : 4;
+  constexpr int64_t kLanes = Type::kLanes, kUnrolled = sizeof(Item) == 2 ? 2 : 12;  // measured
   int64_t column = begin;
   for (; column + kUnrolled * kLanes <= end; column += kUnrolled * kLanes, dst += kUnrolled * kLanes) {
     Sum sums[kUnrolled], nexts[kUnrolled];

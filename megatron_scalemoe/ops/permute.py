@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_scalemoe.ops import native, pool
 
-# Smaller results lie in torch's own memory, and its own gather is as fast.
-NATIVE_GATHER_BYTES = pool.SMALLEST_BLOCK_BYTES
+# Smaller results: torch's own gather is as fast, and the C library has memory at hand.
+NATIVE_GATHER_BYTES = 8 << 20
 # Codes of the C interface.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -60,8 +60,13 @@ def unpermute(x_MD: Tensor, rows: RowMap) -> Tensor:
     return _Unpermute.apply(x_MD, rows)
 
 
-def gather_rows(x_ND: Tensor, rows: RowMap) -> Tensor:
-    """`permute` without autograd."""
+def sum_rows(x_MD: Tensor, rows: RowMap) -> Tensor:
+    """`unpermute` without autograd."""
+    with torch.no_grad():
+        return _sum(x_MD, rows)
+
+
+def _gather(x_ND: Tensor, rows: RowMap) -> Tensor:
     assert x_ND.dim() == 2 and x_ND.shape[0] == rows.num_rows, (x_ND.shape, rows.num_rows)
     if on_plain_cpu(x_ND):
         return _cpu_gather_rows(x_ND, rows.index_M, rows.order_M, rows.offsets)
@@ -69,8 +74,7 @@ def gather_rows(x_ND: Tensor, rows: RowMap) -> Tensor:
         return torch.ops.scalemoe.gather_rows(x_ND, rows.index_M, rows.order_M, rows.offsets)
 
 
-def sum_rows(x_MD: Tensor, rows: RowMap) -> Tensor:
-    """`unpermute` without autograd."""
+def _sum(x_MD: Tensor, rows: RowMap) -> Tensor:
     assert x_MD.dim() == 2 and x_MD.shape[0] == rows.index_M.numel(), (x_MD.shape, rows.index_M.shape)
     if on_plain_cpu(x_MD):
         return _cpu_sum_rows(x_MD, rows.index_M, rows.order_M, rows.offsets)
@@ -82,24 +86,24 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, rows):
         ctx.rows = rows
-        return gather_rows(x_ND, rows)
+        return _gather(x_ND, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_MD):
-        return sum_rows(grad_MD, ctx.rows), None
+        return _sum(grad_MD, ctx.rows), None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MD, rows):
         ctx.rows = rows
-        return sum_rows(x_MD, rows)
+        return _sum(x_MD, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_ND):
-        return gather_rows(grad_ND, ctx.rows), None
+        return _gather(grad_ND, ctx.rows), None
 
 
 # ---- without the native library ----

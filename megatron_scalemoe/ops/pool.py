@@ -60,8 +60,10 @@ class Pool:
             return self._idle_bytes
 
     def _take(self, num_bytes: int) -> mmap.mmap:
-        """The smallest idle block that is large enough and at most twice as large, or a new one. Of equals the last to come back: the caches
-        may still have it."""
+        """The smallest idle block that is large enough and at most twice as large, or a new one.
+
+        Of equals the last to come back: the caches may still have it.
+        """
         with self._lock:
             self._sort_in()
             fitting = [(len(block), -i) for i, block in enumerate(self._idle) if num_bytes <= len(block) <= 2 * num_bytes]
