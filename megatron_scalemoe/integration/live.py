@@ -171,7 +171,7 @@ class LiveBalance:
             return
         plan, problem = live_plans.plan_beside(checkpoint / PLAN_FILE, self._num_rows, self._ranks_and_experts, self._scalemoe.replicas)
         if plan is None:
-            self._tell({"event": "plan not resumed", "reason": problem})
+            self._tell({"event": "plan not resumed", "reason": problem} if problem else {"event": "no plan to resume"})
         elif self.plan is not None:
             self.adopt(live_plans.stage_plan(plan, self._rows))
 

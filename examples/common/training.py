@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from model import Training, build_training
 from results import RunLog
 from steps import Data, evaluate, train_step
+from task import Task
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.integration.agreement import check_ranks_agree
@@ -26,12 +27,12 @@ from megatron_scalemoe.integration.live import LiveBalance
 from megatron_scalemoe.integration.metrics import mean_aux_losses, mean_rank_load
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, task: Task) -> None:
     """Run the whole thing on this rank."""
     timeout_s = args.distributed_timeout_minutes * 60
     with _process_groups(args, timeout_s), naming_dead_ranks(timeout_s):
-        data = make_data(args)
-        training = build_training(args, args.scalemoe)
+        data = make_data(args, task)
+        training = build_training(args, task, args.scalemoe)
         check_checkpoint_support(training.optimizer)
         log = RunLog(args, pathlib.Path(args.results_dir) / args.run_name)
         live = live_balance(args, training, data, log)
@@ -87,12 +88,12 @@ def _check_world_size(args: argparse.Namespace) -> None:
         )
 
 
-def make_data(args: argparse.Namespace) -> Data:
+def make_data(args: argparse.Namespace, task: Task) -> Data:
     train_text, valid_text = load_text(args.data_path)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     shape = BatchShape(args, *ranks, min(train_text, valid_text, key=len))
-    return Data(train_text, valid_text, shape, args.seed, device)
+    return Data(task, train_text, valid_text, shape, args.seed, device)
 
 
 def live_balance(args: argparse.Namespace, training: Training, data: Data, log: RunLog) -> LiveBalance | None:
@@ -161,5 +162,5 @@ Trained {args.train_iters} iterations on {ranks} ranks with --moe-dispatcher {ar
   checkpoints   {os.path.relpath(save_to)}
   TensorBoard   tensorboard --logdir {os.path.relpath(args.tensorboard_dir or log.directory / "tensorboard")}
 
-Next, go on from the last checkpoint:
-  bash tools/quickstart.sh --load {os.path.relpath(save_to)} --train-iters {args.train_iters + 100}"""
+Next, go on from the last checkpoint: the same command with
+  --load {os.path.relpath(save_to)} --train-iters {args.train_iters + 100}"""
