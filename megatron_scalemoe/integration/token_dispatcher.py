@@ -16,6 +16,7 @@ from megatron_scalemoe.dispatch.local import LocalDispatcher
 from megatron_scalemoe.dispatch.padded import PaddedDispatcher
 from megatron_scalemoe.dispatch.placed import LayerPlacement, PlacedDispatcher
 from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
+from megatron_scalemoe.integration.traffic_counts import TrafficCounts
 
 
 def make_dispatcher(
@@ -40,6 +41,7 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
     the exchange of counts, which starts in the first step and is waited for in the second (with replicas, another one in the first).
 
     rows_computed: rows that this rank's experts got in training so far. rows_reported: the same at the last `metrics.mean_rank_load`.
+    traffic: what else training counted.
     """
 
     def __init__(self, scalemoe: ScaleMoEConfig, config: TransformerConfig, pg_collection: ProcessGroupCollection):
@@ -47,6 +49,7 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
         self._scalemoe, self._pg_collection = scalemoe, pg_collection
         self.dispatcher = make_dispatcher(config, scalemoe, pg_collection)
         self.rows_computed = self.rows_reported = 0
+        self.traffic = TrafficCounts()
         self._hidden_shape = self._flight = self._metadata = None
 
     def set_placement(self, placement: LayerPlacement | None) -> None:
@@ -68,6 +71,8 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
         rows, tokens_per_expert, row_probs, self._metadata = self.dispatcher.expand(flight)
         if torch.is_grad_enabled():  # not in evaluation, and once with recomputation
             self.rows_computed += rows.shape[0]
+            selections = self._hidden_shape[:-1].numel() * self.config.moe_router_topk
+            self.traffic.add(self._metadata, self._pg_collection.tp_ep, selections, rows.shape[0])
         return rows, tokens_per_expert, row_probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
