@@ -9,6 +9,7 @@ runs on CPU ranks, with or without that flag.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import runpy
 import sys
@@ -46,11 +47,14 @@ def run_script(script: Path, flags: list[str]) -> None:
     _put_first(script.resolve().parent)
     import torch
 
-    if not torch.cuda.is_available():
+    on_cpu, hooked = not torch.cuda.is_available(), scalemoe is not None or bool(_HELP & set(flags))
+    if (on_cpu or hooked) and importlib.util.find_spec("megatron.training") is None:
+        raise ScaleMoEError(f"no Megatron-LM beside {script}", found="no package megatron.training", try_="the script in its checkout")
+    if on_cpu:
         from megatron_scalemoe.integration import cpu_script
 
         cpu_script.install()
-    if scalemoe is not None or _HELP & set(flags):
+    if hooked:
         from megatron_scalemoe.integration import megatron_lm
 
         megatron_lm.hook_parser()

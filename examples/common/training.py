@@ -23,6 +23,8 @@ from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.integration.agreement import check_ranks_agree
 from megatron_scalemoe.integration.checkpoint import check_checkpoint_support, load_checkpoint, save_checkpoint
 from megatron_scalemoe.integration.faults import naming_dead_ranks
+from megatron_scalemoe.integration.figure_writers import format_figures
+from megatron_scalemoe.integration.layer_figures import LayerMeter
 from megatron_scalemoe.integration.live import LiveBalance
 from megatron_scalemoe.integration.metrics import mean_aux_losses, mean_rank_load
 
@@ -126,11 +128,13 @@ def load(args: argparse.Namespace, training: Training, live: LiveBalance | None)
 def train_loop(args, training: Training, live: LiveBalance | None, data: Data, log: RunLog, first: int, save_to: str) -> None:
     """Train from iteration `first` to `--train-iters`, with reports, evaluation and checkpoints at their intervals."""
     skipped, losses = 0, []
+    meter = LayerMeter(live, training.config) if live is not None else None
     log.start(first)
     for iteration in range(first + 1, args.train_iters + 1):
         loss, grad_norm, updated = train_step(training, data, iteration)
         if live is not None:
             live.step_done(iteration)
+            log_layers(args, meter, iteration, log)
         losses.append(loss)
         skipped += not updated
         last = iteration == args.train_iters
@@ -149,6 +153,13 @@ def train_loop(args, training: Training, live: LiveBalance | None, data: Data, l
     if live is not None:
         live.close()
         log.events = live.events
+
+
+def log_layers(args: argparse.Namespace, meter: LayerMeter, iteration: int, log: RunLog) -> None:
+    """A table of all MoE layers every `--scalemoe-table-interval` iterations."""
+    meter.end_step()
+    if args.scalemoe.table_interval and iteration % args.scalemoe.table_interval == 0:
+        log.say(format_figures(meter.gather(), iteration))
 
 
 def _summary(args: argparse.Namespace, log: RunLog, save_to: str, table: str) -> str:

@@ -57,20 +57,27 @@ class Run:
         return "\n".join([*self.ranks, self.launcher])
 
     @property
-    def without_times(self) -> list[str]:
-        """What each rank printed that does not change from run to run."""
-        return [_CHANGING.sub("", log) for log in self.ranks]
+    def steady(self) -> list[list[str]]:
+        """The lines of each rank without what changes from run to run. Sorted: Megatron prints parameters in the order of a set."""
+        return [sorted(_CHANGING.sub("", log).splitlines()) for log in self.ranks]
 
 
 def run(
-    ranks: int, *flags: object, script: str = "pretrain_gpt.py", data: tuple = MOCK_DATA, program: tuple = (), fails: bool = False
+    ranks: int,
+    *flags: object,
+    script: str = "pretrain_gpt.py",
+    data: tuple = MOCK_DATA,
+    program: tuple = ("-m", "megatron_scalemoe.launch"),
+    checkout: str = CHECKOUT,
+    modules: str = "",
+    fails: bool = False,
 ) -> Run:
-    """Train with these flags besides MODEL's, through the launcher or another `program`."""
-    program = program or ("-m", "megatron_scalemoe.launch")
+    """Train with these flags besides MODEL's. program: the launcher, or what else runs the script. modules: a folder of more of them."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        command += ["--redirects", "3", "--log-dir", folder, *program, f"{CHECKOUT}/{script}", *MODEL, *data, *map(str, flags)]
+        command += ["--redirects", "3", "--log-dir", folder, *program, f"{checkout}/{script}", *MODEL, *data, *map(str, flags)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [modules, os.environ.get("PYTHONPATH")]))
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
         logs = tuple(_log_of(Path(folder), rank) for rank in range(ranks))
     assert (done.returncode != 0) == fails, "\n".join(log[-4000:] for log in (*logs, done.stderr))

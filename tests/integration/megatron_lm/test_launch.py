@@ -1,6 +1,8 @@
 """The launcher: nothing without our flag; our flags in the help; what does not fit is refused before the first step, with the way out."""
 
 import dataclasses
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,21 +10,42 @@ import pytest
 from megatron_scalemoe.plan import PlacementPlan, save_plan
 from megatron_scalemoe.topology.builders import fully_connected
 from megatron_scalemoe.topology.files import save_topology
-from tests.integration.megatron_lm.script import OURS, needs_checkout, run, stock
+from tests.integration.megatron_lm.script import CHECKOUT, OURS, TOLERANCE, needs_checkout, run, stock
 
 pytestmark = needs_checkout
 
+ROOT = Path(__file__).resolve().parents[3]
 FEW = ("--train-iters", 4, "--expert-model-parallel-size", 2)
 WITHOUT_US = (str(Path(__file__).parent / "without_us.py"),)
 
 
 def test_without_our_flag_the_log_is_identical():
     """All of it but times: arguments, parameters, losses to the last digit. And it is not if we do take part."""
-    alone = run(2, *FEW, program=WITHOUT_US).without_times
-    assert alone[1].count("lm loss: ") == 4
-    assert stock(2, *FEW).without_times == alone
-    assert run(2, *FEW, "--moe-dispatcher", "stock").without_times == alone
-    assert run(2, *FEW, *OURS).without_times != alone
+    alone = run(2, *FEW, program=WITHOUT_US)
+    assert alone.ranks[1].count("lm loss: ") == 4
+    assert stock(2, *FEW).steady == alone.steady
+    assert run(2, *FEW, "--moe-dispatcher", "stock").steady == alone.steady
+    assert run(2, *FEW, *OURS).steady != alone.steady
+
+
+def test_the_patched_script_has_our_flag_without_the_launcher(tmp_path):
+    for part in ("megatron", "pretrain_gpt.py", "gpt_builders.py", "model_provider.py"):
+        copy = shutil.copytree if (Path(CHECKOUT) / part).is_dir() else shutil.copy
+        copy(Path(CHECKOUT) / part, tmp_path / part)
+    subprocess.run(["bash", ROOT / "tools/apply_patches.sh", tmp_path], check=True, timeout=60)
+    patched = {"program": WITHOUT_US, "checkout": str(tmp_path)}
+    ours = run(2, *FEW, *OURS, "--scalemoe-table-interval", 4, **patched)
+    assert "scalemoe: MoE layers until iteration 4" in ours.log
+    assert ours.losses == pytest.approx(stock(2, *FEW).losses, abs=TOLERANCE)
+    assert run(2, *FEW, **patched).steady == stock(2, *FEW).steady
+
+
+def test_every_patch_fits_its_tag():
+    if not (Path(CHECKOUT) / ".git").exists():
+        pytest.skip("MEGATRON_LM_PATH is no clone: it has no tags")
+    done = subprocess.run(["bash", ROOT / "tools/check_patches.sh", CHECKOUT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "core_v0.16.1: proved" in done.stdout
 
 
 def test_help_lists_our_flags():
