@@ -76,6 +76,9 @@ class ScaleMoEConfig:
     trace_interval: int = dataclasses.field(default=10, metadata={"type": int})
     """Iterations that one recorded step of the routing sums up, for replans as well as for --scalemoe-trace-path."""
 
+    table_interval: int = dataclasses.field(default=100, metadata={"type": int})
+    """Iterations between two tables of all MoE layers (load, bytes, local share, drops, replicas) in the log; 0 for none."""
+
     force_skew: float | None = dataclasses.field(default=None, metadata={"type": float})
     """For benchmarks only: ignore the router's choice and draw experts from a Zipf law with this exponent (0 is uniform). The loss is
     then meaningless."""
@@ -98,7 +101,7 @@ class ScaleMoEConfig:
             raise ScaleMoEError("--scalemoe-max-rows-factor must be 1 or more", found=self.max_rows_factor)
         if self.force_skew is not None and not self.force_skew >= 0:
             raise ScaleMoEError("--scalemoe-force-skew must be 0 or above", found=self.force_skew)
-        for name, least in (("replicas", 0), ("replan_interval", 0), ("trace_interval", 1)):
+        for name, least in (("replicas", 0), ("replan_interval", 0), ("trace_interval", 1), ("table_interval", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ScaleMoEError(f"{flag_name(name)} must be {least} or more", found=value)

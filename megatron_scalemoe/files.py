@@ -66,10 +66,15 @@ class Document:
 
     def error(self, field: tuple, problem: str, *, found: object = None, try_: str | None = None) -> ScaleMoEError:
         """The error to raise about one field: names the file, the line and the field."""
-        line = _line_of(self.text, field)
-        place = f"{self.path}:{line}" if line else str(self.path)
         name = ".".join(map(str, field))
-        return ScaleMoEError(f"{place}: {name}: {problem}" if name else f"{place}: {problem}", found=found, try_=try_)
+        return ScaleMoEError(
+            f"{self.place(field)}: {name}: {problem}" if name else f"{self.place(field)}: {problem}", found=found, try_=try_
+        )
+
+    def place(self, field: tuple) -> str:
+        """`file.yaml:12`, the line of the field; without a line if it cannot be told."""
+        line = _line_of(self.text, field)
+        return f"{self.path}:{line}" if line else str(self.path)
 
     def get(self, field: tuple, kind: type, default: Any = _REQUIRED) -> Any:
         """The value at `field`, which must be a `kind` (`int` counts as `float`; NaN and infinities never do)."""
@@ -139,7 +144,7 @@ def _short(value: object) -> str:
 
 
 def _line_of(text: str, field: tuple) -> int | None:
-    """Line of the last key of `field` that exists, by parsing again with positions (JSON is YAML). Only runs on the way to an error."""
+    """Line of the last key of `field` that exists, by parsing again with positions (JSON is YAML)."""
     import yaml
 
     try:

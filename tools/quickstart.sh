@@ -10,7 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 
 EXAMPLE="$ROOT/examples/gpt_moe"
 # Help and mistakes in the flags come from one process, not from every rank.
-"$VENV_PYTHON" "$EXAMPLE/arguments.py" --config "$EXAMPLE/quickstart.yaml" "$@"
+"$VENV_PYTHON" "$ROOT/examples/common/arguments.py" --config "$EXAMPLE/quickstart.yaml" "$@"
 for argument in "$@"; do
     [[ "$argument" != "-h" && "$argument" != "--help" ]] || exit 0
 done

@@ -1,8 +1,2 @@
 #!/usr/bin/env bash
-# Stage 2 of 4: adaptive all-to-all, one row per token and destination rank, no padding.
-#
-#   [RANKS=2] [ITERS=200] bash examples/gpt_moe/run_adaptive.sh [flags of pretrain_gpt.py ...]
-set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/_run.sh"
-
-run_stage adaptive "${COMMON[@]}" --scalemoe-trace-path "$LOGS/adaptive" "$@"
+EXAMPLE=gpt_moe exec bash "$(dirname "${BASH_SOURCE[0]}")/../common/run_adaptive.sh" "$@"

@@ -14,7 +14,7 @@ from megatron_scalemoe.cli.train_extra import require_train_extra
 from megatron_scalemoe.config import TRANSPORTS
 from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
+from megatron_scalemoe.files import check_output, read_document
 from megatron_scalemoe.units import format_bytes
 
 WORKER = "megatron_scalemoe.integration.bench_dispatch"
@@ -51,6 +51,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--warmup", type=int, default=3, help="iterations before them (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of tokens and routing (default %(default)s)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which all ranks are stopped (default %(default)g)")
+    parser.add_argument("--result", type=Path, metavar="FILE", help=f"show what ranks started as `-m {WORKER}` wrote, instead of measuring")
     add_output_flags(parser)
     parser.set_defaults(handler=run_dispatch)
     bench_kernels.add_parser(kinds)
@@ -61,23 +62,33 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run_dispatch(args: argparse.Namespace) -> int:
     """Launches the ranks and reports. Exit code 3 if a dispatcher's results differ from the baseline's, or the transports' at all."""
-    validate(args)
     check_output(args.output, force=args.force)
+    result = _measure(args) if args.result is None else read_document(args.result).data
+    result["env"] = {**describe_environment(["scalemoe", *sys.argv[1:]]), **result.get("env", {})}
+    emit(args, result, format_result(result))
+    problems = _problems(result)
+    for problem in problems:
+        print(f"check failed: {problem}", file=sys.stderr)
+    return CHECK_FAILED if problems else OK
+
+
+def _problems(result: dict) -> list[str]:
+    tolerance = TOLERANCE[result["rows"][0]["dtype"]]
+    wrong = [f"{row['dispatcher']} ({row['transport']})" for row in result["rows"] if not row["max_rel_error"] <= tolerance]
+    problems = [f"{', '.join(wrong)} differ from {BASELINE} by more than {tolerance:g}"] if wrong else []
+    if not result.get("transports_same_bits", True):
+        problems.append("scalemoe's results depend on the transport")
+    return problems
+
+
+def _measure(args: argparse.Namespace) -> dict:
+    validate(args)
     require_train_extra("scalemoe bench dispatch")
     with tempfile.TemporaryDirectory(prefix="scalemoe-bench-") as folder:
         result_file = Path(folder) / "result.json"
         arguments = worker_arguments(args, result_file)
         run_ranks(WORKER, arguments, ranks=args.ranks, timeout=args.timeout, quiet=args.quiet)
-        result = json.loads(result_file.read_text(encoding="utf-8"))
-    result["env"] = {**describe_environment(["scalemoe", *sys.argv[1:]]), **result.get("env", {})}
-    emit(args, result, format_result(result))
-    wrong = [f"{row['dispatcher']} ({row['transport']})" for row in result["rows"] if not row["max_rel_error"] <= TOLERANCE[args.dtype]]
-    problems = [f"{', '.join(wrong)} differ from {BASELINE} by more than {TOLERANCE[args.dtype]:g}"] if wrong else []
-    if not result.get("transports_same_bits", True):
-        problems.append("scalemoe's results depend on the transport")
-    for problem in problems:
-        print(f"check failed: {problem}", file=sys.stderr)
-    return CHECK_FAILED if problems else OK
+        return json.loads(result_file.read_text(encoding="utf-8"))
 
 
 def validate(args: argparse.Namespace) -> None:

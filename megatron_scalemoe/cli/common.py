@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import write_atomically
+from megatron_scalemoe.units import format_table as format_table
 
 OK = 0
 CHECK_FAILED = 3
@@ -49,16 +50,3 @@ def progress_bar(args: argparse.Namespace, total: int, unit: str):
     from tqdm import tqdm
 
     return tqdm(total=total, unit=unit, file=sys.stderr, leave=False, disable=True if args.quiet else None)
-
-
-def format_table(headers: list[str], rows: list[list[object]]) -> str:
-    """Columns padded to their widest cell; those whose every cell starts with a digit go to the right. No trailing blanks."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
-    right = [bool(cells) and all(row[i][:1].isdigit() for row in cells) for i in range(len(headers))]
-
-    def line(values: list[str]) -> str:
-        padded = (v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True))
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([line(headers), line(["-" * w for w in widths]), *map(line, cells)])

@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 
-from megatron_scalemoe.cli import bench, compare, diff, doctor, plan, report, simulate, topology, trace
+from megatron_scalemoe.cli import bench, compare, diff, doctor, flags, launch, plan, report, simulate, topology, trace
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.version import __version__
 
@@ -30,6 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     simulate.add_parser(commands)
     compare.add_parser(commands)
     report.add_parser(commands)
+    flags.add_parser(commands)
+    launch.add_parser(commands)
     return parser
 
 

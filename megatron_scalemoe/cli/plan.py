@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _with_topology(plan: PlacementPlan, topology: Topology) -> PlacementPlan:
-    return dataclasses.replace(plan, provenance={**plan.provenance, "topology": topology.name, "topology_hash": topology.content_hash})
+    of_topology = {"topology": topology.name, "topology_hash": topology.content_hash, "node_of_rank": topology.node_of_rank.tolist()}
+    return dataclasses.replace(plan, provenance={**plan.provenance, **of_topology})
 
 
 def _price(plan: PlacementPlan, trace: RoutingTrace, steps: slice, routes: Routes, topology: Topology, cost: CostModel) -> dict:

@@ -25,10 +25,11 @@ class Arrived:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FusedMetadata:
-    """What `combine` needs: the transport's own map, and the columns that each token went to."""
+    """What `combine` needs: the transport's own map, and the columns that each token went to, `num_local_experts` of them on each rank."""
 
     map: Tensor
     experts_TK: Tensor
+    num_local_experts: int
 
 
 class FusedDispatcher(Dispatcher):
@@ -70,7 +71,8 @@ class FusedDispatcher(Dispatcher):
         experts_TK: Tensor = flight.state
         sent = flight.x.contiguous(), experts_TK, flight.probs.contiguous()
         rows, row_probs, tokens_per_expert, map = library.dispatch(self.transport, *sent, self.num_local_experts, self.alignment)
-        return InFlight(rows, row_probs, Arrived(tokens_per_expert, FusedMetadata(map, experts_TK)))
+        metadata = FusedMetadata(map, experts_TK, self.num_local_experts)
+        return InFlight(rows, row_probs, Arrived(tokens_per_expert, metadata))
 
     def expand(self, flight: InFlight) -> tuple[Tensor, Tensor, Tensor, FusedMetadata]:
         arrived: Arrived = flight.state

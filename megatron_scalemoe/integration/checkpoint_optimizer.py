@@ -93,7 +93,7 @@ def load_optimizer_state(optimizer: Any, loaded: dict[int, dict], saved: Any, me
         if type(part) is DistributedOptimizer:
             if "optimizer" not in state:  # formats that are bound to one layout carry the groups with the tensors
                 state["optimizer"] = {"param_groups": _regroup(part, saved)}
-            _load_distributed(part, state, metadata.get("distrib_optim_sharding_type", "fully_sharded_model_space"))
+            load_distributed(part, state, metadata.get("distrib_optim_sharding_type", "fully_sharded_model_space"))
         else:
             inner = state.setdefault("optimizer", {}) if type(part) is Float16OptimizerWithFloat16Params else state
             inner["param_groups"] = _regroup(part, saved)
@@ -101,7 +101,7 @@ def load_optimizer_state(optimizer: Any, loaded: dict[int, dict], saved: Any, me
             part.load_state_dict(state)
 
 
-def _load_distributed(part: DistributedOptimizer, state: dict, sharding_type: str) -> None:
+def load_distributed(part: DistributedOptimizer, state: dict, sharding_type: str) -> None:
     """`part.load_state_dict(state)`, made to work with torch's Adam.
 
     The library gives all parameters one step tensor, which the next step would increase once per parameter, and then looks for the step

@@ -24,10 +24,11 @@ from megatron_scalemoe.integration import live_plans
 from megatron_scalemoe.integration.calibrate import group_ports, measured_cost
 from megatron_scalemoe.integration.expert_state import check_migration_support
 from megatron_scalemoe.integration.live_figures import StepFigures
-from megatron_scalemoe.integration.live_layers import live_layers, moe_rows, return_gradients_before_reduction, send_replicas_ahead
+from megatron_scalemoe.integration.live_layers import live_layers, return_gradients_before_reduction, send_replicas_ahead
 from megatron_scalemoe.integration.live_log import event_text
 from megatron_scalemoe.integration.live_sequences import LiveSequences
 from megatron_scalemoe.integration.migration import migrate_homes
+from megatron_scalemoe.integration.node_order import check_node_order
 from megatron_scalemoe.integration.recorder import RoutingRecorder, joined, whole_trace
 from megatron_scalemoe.placement.background import BackgroundPlanner
 from megatron_scalemoe.placement.policy import ReplanPolicy
@@ -46,7 +47,8 @@ class LiveBalance:
     """Owns the plan of this pipeline stage, the planner's process and the record of the routing.
 
     All ranks make it after the model and its optimizer, before the first step; call `step_done` after every optimizer step and `close` at
-    the end. `say` gets the log lines, on the first rank of the stage. events: what was said, as dictionaries for a JSON file.
+    the end. `say` gets the log lines, on the first rank of the stage. layers: of this rank. layer_numbers: Megatron's numbers, from 1, of
+    all MoE layers of the model, the rows of its plans. events: what was said, as dictionaries for a JSON file.
     sequences: with `--scalemoe-sequence-placement`, what the data loader has to ask.
     """
 
@@ -62,10 +64,10 @@ class LiveBalance:
         say: Callable[[str], None] = print,
     ):
         self._optimizer, self._scalemoe, self._micro_batches, self._say = optimizer, scalemoe, micro_batches, say
-        self.layers = live_layers(model_chunks, config)
+        self.layers, self.layer_numbers = live_layers(model_chunks)
         self._stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         self._leads = self._stage.rank() == 0
-        self._num_rows = len(moe_rows(config))
+        self._num_rows = len(self.layer_numbers)
         self._ranks_and_experts = config.expert_model_parallel_size, config.num_moe_experts
         self._planner: BackgroundPlanner | None = None
         self._asked = 0
@@ -85,7 +87,7 @@ class LiveBalance:
         self._interval = scalemoe.replans_every or (DEFAULT_REPLAN_INTERVAL if observes else 0)
         if self._places and self.layers:
             whole = live_plans.start_plan(scalemoe, self._num_rows, ranks, experts)
-            self._make_placeable(model_chunks, config)
+            self._make_placeable(model_chunks, config, whole)
             spare = whole.slots_per_rank - whole.homes_per_rank
             self.plan = PlacementPlan.contiguous(len(self.layers), ranks, experts, replica_slots_per_rank=spare)
             self.adopt(live_plans.stage_plan(whole, self._rows))
@@ -99,12 +101,14 @@ class LiveBalance:
     def _rows(self) -> list[int]:
         return [live.row for live in self.layers]
 
-    def _make_placeable(self, model_chunks: list[torch.nn.Module], config: TransformerConfig) -> None:
+    def _make_placeable(self, model_chunks: list[torch.nn.Module], config: TransformerConfig, start: PlacementPlan) -> None:
         check_migration_support(self._optimizer)
         return_gradients_before_reduction(model_chunks, self.layers)
         if not model_chunks[0].ddp_config.overlap_param_gather:  # there the next layer's parameters may not have come yet
             send_replicas_ahead(self.layers)
         self._ports = group_ports(self._scalemoe.topology)
+        of_topology = self._ports.node_of_rank.tolist() if self._scalemoe.topology else None
+        check_node_order(start.provenance.get("node_of_rank"), of_topology)
         self._cost = measured_cost(config, self.layers[0].experts, self._micro_batches)
         if self._leads and self._scalemoe.replans_every:
             self._planner = BackgroundPlanner()
@@ -133,7 +137,7 @@ class LiveBalance:
                 live.replicas.renew()
         self._figures.end_step()
         self._recorder.end_step()
-        if iteration % self._scalemoe.trace_interval == 0:
+        if self._interval and iteration % self._scalemoe.trace_interval == 0:
             self._recorder.mark(iteration)
         if self._asked and _is_power_of_two(iteration - self._asked):
             self._take_plan(iteration)
@@ -171,7 +175,7 @@ class LiveBalance:
             return
         plan, problem = live_plans.plan_beside(checkpoint / PLAN_FILE, self._num_rows, self._ranks_and_experts, self._scalemoe.replicas)
         if plan is None:
-            self._tell({"event": "plan not resumed", "reason": problem})
+            self._tell({"event": "plan not resumed", "reason": problem} if problem else {"event": "no plan to resume"})
         elif self.plan is not None:
             self.adopt(live_plans.stage_plan(plan, self._rows))
 

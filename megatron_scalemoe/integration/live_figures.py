@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import statistics
 import time
 
@@ -10,6 +11,9 @@ from megatron.core import parallel_state
 
 from megatron_scalemoe.integration.live_layers import LiveLayer
 from megatron_scalemoe.integration.metrics import load_of_ranks
+
+# That are kept for `gather`, which may never be called.
+_MOST_STEPS = 1000
 
 
 class StepFigures:
@@ -38,7 +42,7 @@ class StepFigures:
     def gather(self, iteration: int) -> dict:
         """Since the last call: steps, their median time, the largest over mean rank load of each step (mean over steps and layers, and its
         95th percentile), and mean times per step. Largest of all ranks for times. Collective over the pipeline stage."""
-        balance_SL = _max_over_mean(load_of_ranks(torch.tensor(self._rows_SL).view(len(self._rows_SL), len(self._layers))))
+        balance_SL = _max_over_mean(load_of_ranks(torch.tensor(list(self._rows_SL)).view(len(self._rows_SL), len(self._layers))))
         steps = len(self._rows_SL)
         replica_s = sum(live.replica_time_s for live in self._layers) - self._replica_before_s
         times = [statistics.median(self._step_s) if self._step_s else 0.0, replica_s / steps, self._exposed_s / steps]
@@ -58,8 +62,8 @@ class StepFigures:
     def _clear(self) -> None:
         self._rows_before_L = [live.layer.token_dispatcher.rows_computed for live in self._layers]
         self._replica_before_s = sum(live.replica_time_s for live in self._layers)
-        self._rows_SL: list[list[int]] = []
-        self._step_s: list[float] = []
+        self._rows_SL: collections.deque[list[int]] = collections.deque(maxlen=_MOST_STEPS)
+        self._step_s: collections.deque[float] = collections.deque(maxlen=_MOST_STEPS)
         self._step_began: float | None = None
         self._exposed_s = 0.0
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 from megatron_scalemoe.dispatch.placed import LayerPlacement
@@ -54,22 +55,21 @@ class LiveLayer:
         experts.set_replicas(slots_P if has_replicas else None)
 
 
-def moe_rows(config: TransformerConfig) -> list[int]:
-    """The layer numbers (from 1) of the MoE layers of the whole model, in order: the rows of its plans."""
-    frequency = config.moe_layer_freq
-    pattern = frequency if isinstance(frequency, list) else [int(i % frequency == 0) for i in range(config.num_layers)]
-    return [number for number, is_moe in enumerate(pattern, 1) if is_moe]
+def live_layers(model_chunks: Iterable[torch.nn.Module]) -> tuple[list[LiveLayer], list[int]]:
+    """This rank's MoE layers, in the order of the model, and the numbers (from 1) of those of the whole model: the rows of its plans.
 
-
-def live_layers(model_chunks: Iterable[torch.nn.Module], config: TransformerConfig) -> list[LiveLayer]:
-    """This rank's MoE layers, in the order of the model. Raises `ScaleMoEError` if they are not ours."""
-    rows = {number: row for row, number in enumerate(moe_rows(config))}
+    Collective over pipeline ranks. Raises `ScaleMoEError` if no MoE layer of the model is ours.
+    """
     layers = [module for chunk in unwrap_model(list(model_chunks)) for module in chunk.modules() if isinstance(module, ScaleMoELayer)]
-    unknown = [layer.layer_number for layer in layers if layer.layer_number not in rows]
-    if unknown:
-        raise ScaleMoEError("MoE layers beyond --num-layers, as in multi-token prediction, cannot be placed", found=f"layer {unknown[0]}")
+    group = parallel_state.get_pipeline_model_parallel_group()
+    of_stages: list[list[int]] = [[]] * group.size()
+    dist.all_gather_object(of_stages, [layer.layer_number for layer in layers], group=group)
+    numbers = sorted(number for stage in of_stages for number in stage)
+    if not numbers:
+        raise ScaleMoEError("live balance needs a model with ScaleMoE's MoE layers", found="none", try_="use_scalemoe(block_spec, config)")
+    assert len(set(numbers)) == len(numbers), numbers
     in_order = sorted(layers, key=lambda layer: layer.layer_number)
-    return [LiveLayer(rows[layer.layer_number], index, layer) for index, layer in enumerate(in_order)]
+    return [LiveLayer(numbers.index(layer.layer_number), index, layer) for index, layer in enumerate(in_order)], numbers
 
 
 def return_gradients_before_reduction(model_chunks: Iterable[torch.nn.Module], layers: Iterable[LiveLayer]) -> None:

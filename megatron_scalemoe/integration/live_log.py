@@ -44,5 +44,6 @@ _TEXTS = {
     "replan": _replan,
     "planner failed": lambda event: f"iteration {event['iteration']}: no new plan, the old one stays: {event['reason']}",
     "plan not resumed": lambda event: f"the checkpoint's plan is not resumed: {event['reason']}",
+    "no plan to resume": lambda _: "no plan was saved with the checkpoint: experts stay where they are",
     "migration failed": lambda event: f"no expert has moved, the old plan stays: {event['reason']}",
 }

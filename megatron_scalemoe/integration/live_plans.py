@@ -70,9 +70,12 @@ def whole_plan(part: PlacementPlan | None, rows: Sequence[int], num_layers: int)
 
 
 def plan_beside(path: Path, num_layers: int, ranks_and_experts: tuple[int, int], replicas: int | None) -> tuple[PlacementPlan | None, str]:
-    """The plan that was saved with a checkpoint, or None and the reason why it cannot be used. Rank 0 reads. Collective over all ranks."""
+    """The plan that was saved with a checkpoint, or None and the reason why it cannot be used: "" where none was saved, as by stock Megatron.
+
+    Rank 0 reads. Collective over all ranks.
+    """
     found: list = [None, ""]
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and path.exists():
         try:
             plan = load_plan(path)
             check_fits_model(plan, str(path), num_layers, *ranks_and_experts)

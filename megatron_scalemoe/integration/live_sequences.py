@@ -12,7 +12,7 @@ from megatron.core.utils import unwrap_model
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.integration.affinity import AffinityLearner
 from megatron_scalemoe.integration.live_layers import LiveLayer
-from megatron_scalemoe.integration.sampler import SequencePlacement, megatron_layout
+from megatron_scalemoe.integration.sampler import BatchLayout, SequencePlacement, megatron_layout
 from megatron_scalemoe.plan import PlacementPlan
 from megatron_scalemoe.traffic.affinity import AffinityTable, stacked_hosts
 from megatron_scalemoe.traffic.sample_history import SampleHistory
@@ -47,6 +47,14 @@ class LiveSequences:
         self._history = SampleHistory(plan.num_layers, config.num_moe_experts) if by_history else None
         self._learner.set_plan(plan)
         self._plan, self._iteration = plan, 0
+
+    @property
+    def layout(self) -> BatchLayout:
+        return self.placement.layout
+
+    @property
+    def owner(self) -> bool:
+        return self.placement.owner
 
     def start_step(self, iteration: int) -> None:
         """Call before each training step."""

@@ -170,6 +170,7 @@ class PlacedBatchSampler:
     sampler: yields this data-parallel rank's micro-batches of sample ids, e.g. Megatron's `MegatronPretrainingSampler` or
         `MegatronPretrainingRandomSampler`; it alone knows how many samples were consumed, so a run resumed at the end of a global batch
         goes on with the same batches.
+    placement: what decides, or the `LiveSequences` of a live run.
     tokens_of: int ids -> int [ids, S] token ids of the samples, e.g. `lambda ids: np.stack([dataset[i]["tokens"] for i in ids])`. Owners
         read each sample here once more than the data loader does.
 

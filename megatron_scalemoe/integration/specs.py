@@ -33,7 +33,7 @@ def use_scalemoe(
     check_megatron_core()
     replaced = copy.deepcopy(block_spec)
     layers = replaced.layer_specs if isinstance(replaced, TransformerBlockSubmodules) else [replaced]
-    moe_specs = [spec for layer in layers for spec in (layer, getattr(layer.submodules, "mlp", None)) if _is_moe(spec)]
+    moe_specs = [spec for layer in layers for spec in (layer, getattr(layer.submodules, "mlp", None)) if is_moe(spec)]
     if not moe_specs and isinstance(replaced, ModuleSpec):
         raise ScaleMoEError(
             "use_scalemoe needs a layer spec whose mlp is megatron's MoELayer",
@@ -46,7 +46,8 @@ def use_scalemoe(
     return replaced
 
 
-def _is_moe(spec) -> bool:
+def is_moe(spec: object) -> bool:
+    """Whether this is the spec of Megatron's MoE layer, which `use_scalemoe` replaces."""
     return isinstance(spec, ModuleSpec) and spec.module is MoELayer
 
 

@@ -29,7 +29,7 @@ def _dispatch_problems(megatron: TransformerConfig, scalemoe: ScaleMoEConfig) ->
     elif megatron.moe_router_topk > experts:
         yield f"--moe-router-topk {megatron.moe_router_topk} is more than --num-experts {experts}"
     if megatron.moe_token_dispatcher_type != "alltoall":
-        yield f"--moe-token-dispatcher-type {megatron.moe_token_dispatcher_type}: leave it at alltoall, --moe-dispatcher replaces it"
+        yield f"--moe-token-dispatcher-type {megatron.moe_token_dispatcher_type}: set it to alltoall, which --moe-dispatcher then replaces"
     if megatron.moe_shared_expert_overlap:
         yield "--moe-shared-expert-overlap: remove it, shared experts then run before the dispatch"
     if megatron.overlap_moe_expert_parallel_comm:

@@ -20,6 +20,7 @@ from megatron_scalemoe.dispatch.local import LocalDispatcher
 from megatron_scalemoe.dispatch.padded import PaddedDispatcher
 from megatron_scalemoe.dispatch.placed import LayerPlacement, PlacedDispatcher, gather_by_collective
 from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
+from megatron_scalemoe.integration.traffic_counts import TrafficCounts
 from megatron_scalemoe.integration.transports import CallSizes, Channel, channel_of, check_transport
 from megatron_scalemoe.ops import library
 
@@ -76,7 +77,7 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
     first). The transport is opened in the first step of all.
 
     dispatcher: None before that. rows_computed: rows that this rank's experts got in training so far. rows_reported: the same at the last
-    `metrics.mean_rank_load`.
+    `metrics.mean_rank_load`. traffic: what else training counted.
     """
 
     def __init__(self, scalemoe: ScaleMoEConfig, config: TransformerConfig, pg_collection: ProcessGroupCollection):
@@ -88,6 +89,7 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
         self._placement: LayerPlacement | None = None
         self._outdated = True
         self.rows_computed = self.rows_reported = 0
+        self.traffic = TrafficCounts()
         self._hidden_shape = self._flight = self._metadata = None
 
     def set_placement(self, placement: LayerPlacement | None) -> None:
@@ -112,7 +114,10 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
         self._flight = None  # frees the received rows
         rows, tokens_per_expert, row_probs, self._metadata = self.dispatcher.expand(flight)
         if torch.is_grad_enabled():  # not in evaluation, and once with recomputation
-            self.rows_computed = self.rows_computed + tokens_per_expert.sum()
+            num_rows = tokens_per_expert.sum()
+            self.rows_computed = self.rows_computed + num_rows
+            selections = self._hidden_shape[:-1].numel() * self.config.moe_router_topk
+            self.traffic.add(self._metadata, self._pg_collection.tp_ep, selections, num_rows)
         return rows, tokens_per_expert, row_probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:

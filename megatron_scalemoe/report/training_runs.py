@@ -1,4 +1,4 @@
-"""Training runs: what `examples/gpt_moe/pretrain_gpt.py` leaves in a run's folder, and the figures that tell one run from another."""
+"""Training runs: what the scripts in `examples/` leave in a run's folder, and the figures that tell one run from another."""
 
 from __future__ import annotations
 

@@ -147,3 +147,15 @@ def test_a_wrong_result_fails_the_check(error, fake_ranks, capsys):
     captured = capsys.readouterr()
     assert "check failed: scalemoe (collective) differ from alltoall" in captured.err
     assert "dispatcher" in captured.out
+
+
+def test_a_result_of_ranks_started_elsewhere_is_shown_and_checked(tmp_path, capsys):
+    """As examples/slurm/bench.sbatch does."""
+    result = tmp_path / "ranks.json"
+    result.write_text(json.dumps({"rows": [row("alltoall", ranks=32, ratio_to_stock=1.0), row("scalemoe", ranks=32)]}))
+    assert main(["bench", "dispatch", "--result", str(result), "-o", str(tmp_path / "bench.json")]) == 0
+    assert "scalemoe" in capsys.readouterr().out
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"][1]["ranks"] == 32
+    result.write_text(json.dumps({"rows": [row("alltoall", dtype="bf16"), row("scalemoe", dtype="bf16", max_rel_error=0.1)]}))
+    assert main(["bench", "dispatch", "--result", str(result)]) == 3
+    assert "scalemoe differ from alltoall by more than 0.01" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The stages' scripts of examples/gpt_moe: help and mistakes, and one short run of them all. The venv is a stand-in, without pip."""
+"""The scripts of examples/gpt_moe and bert_moe: help and mistakes, and one short run of them all. The venv is a stand-in, without pip."""
 
 import json
 import os
@@ -12,7 +12,8 @@ import pytest
 from megatron_scalemoe.traffic.trace import load_trace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-STAGES = ("baseline", "adaptive", "kmeans", "ga", "all")
+SCRIPTS = ("run_baseline", "run_adaptive", "run_kmeans", "run_ga", "run_all", "prepare_checkpoint")
+EXAMPLES = {"gpt_moe": "pretrain_gpt.py", "bert_moe": "pretrain_bert.py"}
 TINY = [
     "--num-layers",
     "1",
@@ -40,7 +41,8 @@ def checkout(tmp_path) -> Path:
         shutil.copytree(ROOT / folder, tmp_path / folder)
     for name in ("pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "megatron_scalemoe").symlink_to(ROOT / "megatron_scalemoe")
+    for name in ("megatron_scalemoe", "csrc"):
+        (tmp_path / name).symlink_to(ROOT / name)
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(FAKE_PYTHON.format(python=sys.executable))
@@ -48,39 +50,61 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
-def run(checkout: Path, stage: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
-    names = ("RANKS", "ITERS", "LOGS", "REPLICAS", "TOPOLOGY", "OMP_NUM_THREADS")
+def run(checkout: Path, script: str, *arguments: str, example: str = "gpt_moe", **settings: str) -> subprocess.CompletedProcess:
+    names = ("RANKS", "ITERS", "LOGS", "DATA", "REPLICAS", "TOPOLOGY", "OMP_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in names} | settings
-    command = ["bash", f"examples/gpt_moe/run_{stage}.sh", *arguments]
-    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300)
+    command = ["bash", f"examples/{example}/{script}.sh", *arguments]
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=570)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_help_needs_no_venv(checkout, stage):
+@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_venv(checkout, example, script):
     shutil.rmtree(checkout / ".venv")
-    result = run(checkout, stage, "--help")
+    result = run(checkout, script, "--help", example=example)
     assert result.returncode == 0, result.stderr
-    assert f"bash examples/gpt_moe/run_{stage}.sh [flags of pretrain_gpt.py ...]" in result.stdout
+    assert f"bash examples/{example}/{script}.sh [flags of {EXAMPLES[example]} ...]" in result.stdout
     assert "RANKS=N" in result.stdout
     assert "set -euo" not in result.stdout
     assert not (checkout / ".venv").exists()
 
 
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--no-such-flag", 2)])
+def test_help_of_get_data(checkout, argument, code):
+    result = run(checkout, "get_data", argument, example="bert_moe")
+    assert result.returncode == code
+    assert "[DATA=data/text] bash examples/bert_moe/get_data.sh [FILE OR FOLDER ...]" in result.stdout
+    assert not (checkout / "data").exists()
+
+
+def test_both_examples_have_the_same_scripts():
+    names = {example: sorted(path.name for path in (ROOT / "examples" / example).glob("*.sh")) for example in EXAMPLES}
+    assert names["gpt_moe"] == names["bert_moe"] == sorted(f"{script}.sh" for script in (*SCRIPTS, "get_data"))
+
+
+def test_the_shared_scripts_say_how_to_start_them(checkout):
+    result = subprocess.run(["bash", "examples/common/run_ga.sh"], cwd=checkout, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "start this as examples/gpt_moe/run_ga.sh or examples/bert_moe/run_ga.sh" in result.stderr
+
+
 @pytest.mark.parametrize(
-    ("stage", "arguments", "settings", "said"),
+    ("script", "arguments", "settings", "said"),
     [
-        ("baseline", [], {"RANKS": "3"}, "RANKS must be 2, 4, 8 or 16"),
-        ("baseline", [], {"ITERS": "many"}, "ITERS must be a number of iterations"),
-        ("kmeans", [], {"REPLICAS": "3", "RANKS": "2"}, "REPLICAS must be a multiple of the ranks"),
-        ("ga", [], {"TOPOLOGY": "no/such.yaml"}, "TOPOLOGY names no file"),
-        ("adaptive", ["--run-name", "mine"], {}, "--run-name is the stage's own"),
-        ("adaptive", ["--results-dir=x"], {}, "--results-dir=x is the stage's own"),
-        ("ga", ["--load", "x"], {}, "a stage starts afresh"),
-        ("all", ["--scalemoe-migrate"], {}, "--scalemoe-migrate would make the stages something else"),
+        ("run_baseline", [], {"RANKS": "3"}, "RANKS must be 2, 4, 8 or 16"),
+        ("run_baseline", [], {"ITERS": "many"}, "ITERS must be a number of iterations"),
+        ("run_baseline", [], {"DATA": "no/such"}, "DATA names no PREFIX.bin and PREFIX.idx"),
+        ("run_kmeans", [], {"REPLICAS": "3", "RANKS": "2"}, "REPLICAS must be a multiple of the ranks"),
+        ("run_ga", [], {"TOPOLOGY": "no/such.yaml"}, "TOPOLOGY names no file"),
+        ("run_adaptive", ["--run-name", "mine"], {}, "--run-name is the stage's own"),
+        ("run_adaptive", ["--results-dir=x"], {}, "--results-dir=x is the stage's own"),
+        ("run_adaptive", ["--train-iters", "7"], {}, "--train-iters: the iterations are ITERS"),
+        ("run_ga", ["--load", "x"], {}, "a stage starts from prepare_checkpoint.sh's checkpoint"),
+        ("run_all", ["--scalemoe-migrate"], {}, "--scalemoe-migrate would make the stages something else"),
     ],
 )
-def test_mistakes_are_told_before_anything_starts(checkout, stage, arguments, settings, said):
-    result = run(checkout, stage, *arguments, **settings)
+def test_mistakes_are_told_before_anything_starts(checkout, script, arguments, settings, said):
+    result = run(checkout, script, *arguments, **settings)
     assert result.returncode == 1
     assert f"error: {said}" in result.stderr
     assert not (checkout / "logs").exists()
@@ -90,35 +114,40 @@ def test_a_wrong_flag_is_told_once_and_the_last_results_stay(checkout):
     results = checkout / "logs" / "gpt_moe" / "adaptive" / "config.json"
     results.parent.mkdir(parents=True)
     results.write_text("{}")
-    result = run(checkout, "adaptive", "--no-such-flag")
+    result = run(checkout, "run_adaptive", "--no-such-flag")
     assert result.returncode == 2
     assert result.stderr.count("unrecognized arguments: --no-such-flag") == 1
     assert results.exists()
 
 
 def test_a_folder_of_something_else_is_not_replaced(checkout):
-    theirs = checkout / "logs" / "gpt_moe" / "adaptive" / "thesis.tex"
+    theirs = checkout / "logs" / "gpt_moe" / "prepared" / "stock" / "thesis.tex"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("x")
-    result = run(checkout, "adaptive")
+    result = run(checkout, "run_adaptive")
     assert result.returncode == 1
     assert "is no folder of a stage" in result.stderr
     assert theirs.exists()
 
 
+def losses_of(folder: Path) -> dict[int, float]:
+    history = json.loads((folder / "train.json").read_text())["history"]
+    return {record["iteration"]: record["lm_loss"] for record in history if "lm_loss" in record}
+
+
 def test_all_stages_train_the_same_and_are_reported(checkout):
-    result = run(checkout, "all", *TINY, RANKS="2", ITERS="8", LOGS="out/logs")
+    result = run(checkout, "run_all", *TINY, example="bert_moe", RANKS="2", ITERS="8", LOGS="out/logs")
     assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stderr.count("preparing: 2 iterations of stock Megatron on 2 ranks") == 1
     logs = checkout / "out" / "logs"
-    losses = {}
-    for stage in ("baseline", "adaptive", "kmeans", "ga", "stock", "stock_rounding"):
-        history = json.loads((logs / stage / "train.json").read_text())["history"]
-        losses[stage] = [record["lm_loss"] for record in history if "lm_loss" in record]
-        assert len(losses[stage]) == 4
+    assert list(losses_of(logs / "prepared" / "stock")) == [2]
+    losses = {stage: losses_of(logs / stage) for stage in ("baseline", "adaptive", "kmeans", "ga", "stock", "stock_rounding")}
+    for stage in losses:
         assert "iteration        8/       8" in (logs / stage / "train.log").read_text()
+        assert list(losses[stage]) == [4, 6, 8]
         assert losses[stage] == pytest.approx(losses["baseline"], rel=1e-5)
         assert (logs / stage / "routing.npz").exists() == (not stage.startswith("stock"))
-    assert losses["baseline"][-1] < losses["baseline"][0]
+    assert losses["baseline"][8] < losses["baseline"][4]
     assert load_trace(logs / "ga" / "routing.npz").num_experts == 16
     assert [row["policy"] for row in json.loads((logs / "ga" / "compare.json").read_text())["rows"]][:2] == ["contiguous", "random"]
     assert (logs / "report.html").read_text().startswith("<!DOCTYPE html>")
@@ -126,3 +155,19 @@ def test_all_stages_train_the_same_and_are_reported(checkout):
     assert "warning" not in table
     for what in ("stock alltoall", "padded", "ragged", "ragged + 8 replicas + sequences", "ragged + 8 replicas + sequences + migration"):
         assert what in table
+
+
+def test_the_checkpoint_is_stocks_on_the_data_that_is_there(checkout):
+    (checkout / "poem.txt").write_text("Tyger Tyger, burning bright, in the forests of the night. " * 40)
+    assert run(checkout, "get_data", "poem.txt").returncode == 0
+    assert "is there already" in run(checkout, "get_data", "poem.txt").stderr
+    ours = ["--moe-dispatcher=scalemoe", "--scalemoe-replicas", "2"]  # of a stage: not for the checkpoint
+    result = run(checkout, "prepare_checkpoint", *ours, *TINY, RANKS="2", ITERS="4")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "preparing: 1 iterations of stock Megatron on 2 ranks, to logs/gpt_moe/prepared, on data/text" in result.stderr
+    folder = checkout / "logs" / "gpt_moe" / "prepared" / "stock"
+    options = json.loads((folder / "config.json").read_text())["args"]
+    assert options["data_path"] == ["data/text"]
+    assert options["moe_dispatcher"] == "stock"
+    assert options["lr_decay_iters"] == 4
+    assert (folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "1"

@@ -1,4 +1,4 @@
-"""The training script's flags, under Megatron's names. A YAML file of flags comes first, the command line wins.
+"""The training scripts' flags, under Megatron's names. A YAML file of flags comes first, the command line wins.
 
 Run as a script it only checks the flags, without torch and before any rank starts.
 """
@@ -9,6 +9,8 @@ import argparse
 import datetime
 import pathlib
 import sys
+
+from sources import is_indexed
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.integration.arguments import add_scalemoe_args, read_yaml_mapping, scalemoe_config_from_args
@@ -37,9 +39,9 @@ def _config_parser() -> argparse.ArgumentParser:
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
-        prog="pretrain_gpt.py",
-        usage="%(prog)s [--config YAML] [flags]   (--help lists them)",
-        description="Train a GPT-MoE with Megatron-Core.",
+        prog="pretrain",
+        usage="pretrain_gpt.py or pretrain_bert.py [--config YAML] [flags]   (--help lists them)",
+        description="Train a GPT-MoE or a BERT-MoE with Megatron-Core.",
         parents=[_config_parser()],
         allow_abbrev=False,
     )
@@ -121,7 +123,10 @@ def _add_training_flags(group) -> None:
 
 def _add_run_flags(group) -> None:
     group.add_argument(
-        "--data-path", nargs="+", help="text files or folders, read as bytes (default: the Python standard library's sources)"
+        "--data-path",
+        nargs="+",
+        help="text files or folders, read as bytes, or PREFIX of Megatron's PREFIX.bin and PREFIX.idx with a token for each byte "
+        "(default: the Python standard library's sources)",
     )
     group.add_argument("--run-name", default=datetime.datetime.now().strftime("%Y%m%d-%H%M%S"), help="results go to <results dir>/<name>")
     group.add_argument("--results-dir", default="runs", help="where runs have their folders (default: runs)")
@@ -151,7 +156,7 @@ def _flags_from_yaml(path: str) -> list[str]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    missing = [path for path in args.data_path or () if not pathlib.Path(path).exists()]
+    missing = [path for path in args.data_path or () if not (pathlib.Path(path).exists() or is_indexed(path))]
     if missing:
         raise ScaleMoEError("--data-path names nothing that exists", found=", ".join(missing), try_="a text file or a folder of them")
     for name in ("train_iters", "micro_batch_size", "global_batch_size", "log_interval", "eval_iters", "save_interval", "eval_interval"):

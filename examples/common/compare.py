@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from model import Training, build_training
 from results import RunLog
 from steps import Data, evaluate, train_step
+from task import Task
 
 from megatron_scalemoe.cli.common import format_table
 from megatron_scalemoe.config import ScaleMoEConfig
@@ -36,7 +37,7 @@ def compare_dispatchers(args, data: Data, checkpoint: str, log: RunLog) -> str:
     log.say(f" comparing {', '.join(variant.label for variant in variants)} ...")
     losses: dict[str, list[float]] = {variant.label: [] for variant in variants}
     times_s: dict[str, list[float]] = {variant.label: [] for variant in variants}
-    trainings = {variant.label: _from_checkpoint(args, variant, checkpoint) for variant in variants}
+    trainings = {variant.label: _from_checkpoint(args, data.task, variant, checkpoint) for variant in variants}
     routed = capture_routing(trainings[variants[0].label], data)
     for iteration in range(1, args.compare_iters + 1):
         for label, training in trainings.items():  # in turns: the machine's speed drifts
@@ -69,8 +70,8 @@ def _variants(args) -> list[Variant]:
     return variants
 
 
-def _from_checkpoint(args, variant: Variant, checkpoint: str) -> Training:
-    training = build_training(args, variant.scalemoe, variant.megatron_dispatcher)
+def _from_checkpoint(args, task: Task, variant: Variant, checkpoint: str) -> Training:
+    training = build_training(args, task, variant.scalemoe, variant.megatron_dispatcher)
     load_checkpoint(checkpoint, [training.model], training.optimizer, training.scheduler)
     return training
 

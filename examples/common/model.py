@@ -1,4 +1,4 @@
-"""A GPT-MoE with Megatron-Core, as any Megatron user builds one; `use_scalemoe` is the only line of ours."""
+"""A model with its optimizer, as any Megatron user builds them; `use_scalemoe` is the only line of ours."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import argparse
 import dataclasses
 
 import torch
-from data import VOCAB_SIZE
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from task import Task
 
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
@@ -33,12 +30,12 @@ class Training:
     config: TransformerConfig
 
 
-def build_training(args: argparse.Namespace, scalemoe: ScaleMoEConfig | None, dispatcher_type: str | None = None) -> Training:
+def build_training(args: argparse.Namespace, task: Task, scalemoe: ScaleMoEConfig | None, dispatcher_type: str | None = None) -> Training:
     """Model, optimizer and schedule; stock Megatron where `scalemoe` is None, then with Megatron's `dispatcher_type`."""
     config = transformer_config(args, dispatcher_type or args.moe_token_dispatcher_type)
     if scalemoe is not None:
         check_supported(config, scalemoe)
-    model = _wrap(args, config, _gpt(args, config, scalemoe))
+    model = _wrap(args, config, _model(args, task, config, scalemoe))
     on_cuda = torch.cuda.is_available()
     optimizer_config = OptimizerConfig(
         optimizer="adam",
@@ -81,23 +78,13 @@ def transformer_config(args: argparse.Namespace, dispatcher_type: str) -> Transf
         raise ScaleMoEError("Megatron-Core refuses these flags", found=error) from error
 
 
-def _gpt(args: argparse.Namespace, config: TransformerConfig, scalemoe: ScaleMoEConfig | None) -> torch.nn.Module:
-    use_te = args.transformer_impl == "transformer_engine"
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=use_te, normalization=args.normalization)
-    if config.sequence_parallel and not use_te:
+def _model(args: argparse.Namespace, task: Task, config: TransformerConfig, scalemoe: ScaleMoEConfig | None) -> torch.nn.Module:
+    spec = task.layer_spec(args, config)
+    if config.sequence_parallel and args.transformer_impl == "local":
         spec = with_sequence_parallel_norm(spec)
     if scalemoe is not None:
         spec = use_scalemoe(spec, scalemoe)
-    model = GPTModel(
-        config,
-        spec,
-        vocab_size=VOCAB_SIZE,
-        max_sequence_length=args.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
-    )
-    return model.to(torch.cuda.current_device())
+    return task.model(args, config, spec).to(torch.cuda.current_device())
 
 
 def _wrap(args: argparse.Namespace, config: TransformerConfig, model: torch.nn.Module) -> DistributedDataParallel:

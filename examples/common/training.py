@@ -17,21 +17,24 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from model import Training, build_training
 from results import RunLog
 from steps import Data, evaluate, train_step
+from task import Task
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.integration.agreement import check_ranks_agree
 from megatron_scalemoe.integration.checkpoint import check_checkpoint_support, load_checkpoint, save_checkpoint
 from megatron_scalemoe.integration.faults import naming_dead_ranks
+from megatron_scalemoe.integration.figure_writers import format_figures
+from megatron_scalemoe.integration.layer_figures import LayerMeter
 from megatron_scalemoe.integration.live import LiveBalance
 from megatron_scalemoe.integration.metrics import mean_aux_losses, mean_rank_load
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, task: Task) -> None:
     """Run the whole thing on this rank."""
     timeout_s = args.distributed_timeout_minutes * 60
     with _process_groups(args, timeout_s), naming_dead_ranks(timeout_s):
-        data = make_data(args)
-        training = build_training(args, args.scalemoe)
+        data = make_data(args, task)
+        training = build_training(args, task, args.scalemoe)
         check_checkpoint_support(training.optimizer)
         log = RunLog(args, pathlib.Path(args.results_dir) / args.run_name)
         live = live_balance(args, training, data, log)
@@ -87,12 +90,12 @@ def _check_world_size(args: argparse.Namespace) -> None:
         )
 
 
-def make_data(args: argparse.Namespace) -> Data:
+def make_data(args: argparse.Namespace, task: Task) -> Data:
     train_text, valid_text = load_text(args.data_path)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     shape = BatchShape(args, *ranks, min(train_text, valid_text, key=len))
-    return Data(train_text, valid_text, shape, args.seed, device)
+    return Data(task, train_text, valid_text, shape, args.seed, device)
 
 
 def live_balance(args: argparse.Namespace, training: Training, data: Data, log: RunLog) -> LiveBalance | None:
@@ -125,11 +128,13 @@ def load(args: argparse.Namespace, training: Training, live: LiveBalance | None)
 def train_loop(args, training: Training, live: LiveBalance | None, data: Data, log: RunLog, first: int, save_to: str) -> None:
     """Train from iteration `first` to `--train-iters`, with reports, evaluation and checkpoints at their intervals."""
     skipped, losses = 0, []
+    meter = LayerMeter(live, training.config) if live is not None else None
     log.start(first)
     for iteration in range(first + 1, args.train_iters + 1):
         loss, grad_norm, updated = train_step(training, data, iteration)
         if live is not None:
             live.step_done(iteration)
+            log_layers(args, meter, iteration, log)
         losses.append(loss)
         skipped += not updated
         last = iteration == args.train_iters
@@ -150,6 +155,13 @@ def train_loop(args, training: Training, live: LiveBalance | None, data: Data, l
         log.events = live.events
 
 
+def log_layers(args: argparse.Namespace, meter: LayerMeter, iteration: int, log: RunLog) -> None:
+    """A table of all MoE layers every `--scalemoe-table-interval` iterations."""
+    meter.end_step()
+    if args.scalemoe.table_interval and iteration % args.scalemoe.table_interval == 0:
+        log.say(format_figures(meter.gather(), iteration))
+
+
 def _summary(args: argparse.Namespace, log: RunLog, save_to: str, table: str) -> str:
     validation = [record["validation_loss"] for record in log.history if "validation_loss" in record]
     last_loss = f" (validation loss {validation[-1]:.4f})" if validation else ""
@@ -161,5 +173,5 @@ Trained {args.train_iters} iterations on {ranks} ranks with --moe-dispatcher {ar
   checkpoints   {os.path.relpath(save_to)}
   TensorBoard   tensorboard --logdir {os.path.relpath(args.tensorboard_dir or log.directory / "tensorboard")}
 
-Next, go on from the last checkpoint:
-  bash tools/quickstart.sh --load {os.path.relpath(save_to)} --train-iters {args.train_iters + 100}"""
+Next, go on from the last checkpoint: the same command with
+  --load {os.path.relpath(save_to)} --train-iters {args.train_iters + 100}"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,7 @@ from data import BatchShape, batches
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from model import Training
+from task import Task
 from torch import Tensor
 
 from megatron_scalemoe.integration.live_sequences import LiveSequences
@@ -19,6 +21,7 @@ from megatron_scalemoe.integration.live_sequences import LiveSequences
 class Data:
     """Training and validation text and how a batch is cut from them."""
 
+    task: Task
     train: Tensor
     valid: Tensor
     shape: BatchShape
@@ -33,7 +36,7 @@ def train_step(training: Training, data: Data, iteration: int) -> tuple[float, f
     training.model.train()
     training.model.zero_grad_buffer()
     training.optimizer.zero_grad()
-    micro_batches = batches(data.train, data.seed, iteration, data.shape, data.device, data.sequences)
+    micro_batches = batches(data.train, data.seed, iteration, data.shape, data.task, data.device, data.sequences)
     loss = _run(training, data, micro_batches, forward_only=False)
     updated, grad_norm, _ = training.optimizer.step()
     training.scheduler.step(increment=1)
@@ -44,13 +47,13 @@ def train_step(training: Training, data: Data, iteration: int) -> tuple[float, f
 def evaluate(training: Training, data: Data, iters: int) -> float:
     """Mean loss over `iters` validation batches, always the same ones."""
     training.model.eval()
-    losses = [_run(training, data, batches(data.valid, data.seed + 1, i, data.shape, data.device), forward_only=True) for i in range(iters)]
-    return sum(losses) / iters
+    batches_I = (batches(data.valid, data.seed + 1, i, data.shape, data.task, data.device) for i in range(iters))
+    return sum(_run(training, data, micro_batches, forward_only=True) for micro_batches in batches_I) / iters
 
 
 def _run(training: Training, data: Data, micro_batches: Iterator[dict[str, Tensor]], *, forward_only: bool) -> float:
     losses = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=functools.partial(_forward_step, data.task),
         data_iterator=micro_batches,
         model=[training.model],
         num_microbatches=data.shape.num_micro_batches,
@@ -61,17 +64,14 @@ def _run(training: Training, data: Data, micro_batches: Iterator[dict[str, Tenso
     return _mean_over_ranks(losses, data.device)
 
 
-def _forward_step(micro_batches, model):
+def _forward_step(task: Task, micro_batches: Iterator[dict[str, Tensor]], model: torch.nn.Module):
     batch = next(micro_batches)
-    tokens = batch["tokens"]
-    position_ids = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    causal_mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).triu(1)
-    per_token_loss = model(tokens, position_ids, causal_mask, labels=batch["labels"])
-    return per_token_loss, _mean_loss
+    return task.forward(model, batch), functools.partial(_mean_loss, batch.get("loss_mask"))
 
 
-def _mean_loss(per_token_loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = per_token_loss.float().mean()
+def _mean_loss(loss_mask: Tensor | None, per_token_loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    per_token_loss = per_token_loss.float()
+    loss = per_token_loss.mean() if loss_mask is None else (per_token_loss * loss_mask).sum() / loss_mask.sum()
     return loss, {"lm loss": loss.detach().clone()}  # the schedule divides the loss in place
 
 

@@ -1,0 +1,2 @@
+#!/usr/bin/env bash
+EXAMPLE=gpt_moe exec bash "$(dirname "${BASH_SOURCE[0]}")/../common/prepare_checkpoint.sh" "$@"

@@ -1,0 +1,73 @@
+"""`scalemoe flags`: a job's YAML file as Megatron's flags, each with where its value comes from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_scalemoe.cli.common import OK, format_table
+
+if TYPE_CHECKING:
+    from megatron_scalemoe.job.config import JobConfig
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds `flags` to the command line."""
+    text = "turn a job's YAML file into Megatron's flags"
+    description = f"{text}, one a line, quoted for a shell. Contradictions are refused with the line they are in."
+    parser = commands.add_parser("flags", help=text, description=description, allow_abbrev=False)
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="the job's file, as in examples/configs")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--explain", action="store_true", help="print every value with where it comes from, and what follows from them")
+    how.add_argument("--json", action="store_true", help="print flags, values and origins as JSON")
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the flags."""
+    from megatron_scalemoe.job.checks import check_job
+    from megatron_scalemoe.job.config import load_job
+    from megatron_scalemoe.job.flags import flag_words, format_flags
+
+    job = load_job(args.config)
+    numbers = check_job(job)
+    if args.json:
+        result = {"program": job.program, "flags": flag_words(job), "values": describe_values(job), "follows": numbers}
+        print(json.dumps(result, indent=2))
+    elif args.explain:
+        print(format_explanation(job, numbers))
+    else:
+        print(format_flags(job))
+    return OK
+
+
+def describe_values(job: JobConfig) -> list[dict]:
+    """All options that have a value, in the order of their sections, and extra flags."""
+    from megatron_scalemoe.job.options import SECTIONS, flag_of
+
+    rows = [
+        {"section": section, "option": option, "flag": flag_of(section, option), **_origin(job.values[section, option])}
+        for section, options in SECTIONS.items()
+        for option in options
+        if (section, option) in job.values
+    ]
+    extra = [{"section": "extra_flags", "option": None, "flag": None, **_origin(job.extra_flags)}] if job.extra_flags.value else []
+    return rows + extra
+
+
+def _origin(value) -> dict:
+    return {"value": value.value, "origin": value.origin, "from": value.place}
+
+
+def format_explanation(job: JobConfig, numbers: dict[str, int]) -> str:
+    """Tables of all values and of the numbers that follow."""
+    rows = []
+    for row in describe_values(job):
+        name = row["flag"] or f"{row['section']}{'.' + row['option'] if row['option'] else ''}"
+        shown = " ".join(map(str, row["value"])) if isinstance(row["value"], list) else json.dumps(row["value"]).strip('"')
+        source = row["from"] if row["origin"] == "file" else row["origin"] + (f": {row['from']}" if row["from"] else "")
+        rows.append([name, shown, source])
+    follows = [[name.replace("_", " "), number] for name, number in numbers.items()]
+    return "\n\n".join([format_table(["flag", "value", "from"], rows), format_table(["it follows", ""], follows)])

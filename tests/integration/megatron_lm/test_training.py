@@ -1,0 +1,71 @@
+"""The real pretrain_gpt.py with our flag has stock's loss, in every layout."""
+
+import pytest
+
+from tests.integration.megatron_lm.script import MOCK_DATA, OURS, TOLERANCE, differences, needs_checkout, run, save_some_plan, stock
+
+pytestmark = needs_checkout
+
+# ranks and Megatron's flags
+EP2 = 2, ("--expert-model-parallel-size", 2)
+LAYOUTS = {
+    "ep 2": EP2,
+    "ep 4": (4, ("--expert-model-parallel-size", 4)),
+    "ep 2, dp 2, distributed optimizer with overlap": (
+        4,
+        ("--expert-model-parallel-size", 2, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    ),
+    "pp 2": (2, ("--pipeline-model-parallel-size", 2)),
+    "pp 2, ep 2": (4, ("--pipeline-model-parallel-size", 2, "--expert-model-parallel-size", 2)),
+    "tp 2, ep 2": (
+        4,
+        ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--expert-model-parallel-size", 2, "--expert-tensor-parallel-size", 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("data", ["mock", "text"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_is_stocks(layout, data, text_data):
+    (ranks, flags), data_flags = LAYOUTS[layout], text_data if data == "text" else MOCK_DATA
+    before, ours = stock(ranks, *flags, data=data_flags), run(ranks, *flags, *OURS, "--scalemoe-table-interval", 50, data=data_flags)
+    assert before.losses[50] < before.losses[1] - 0.2
+    assert max(differences(before, ours)) < TOLERANCE
+    assert "scalemoe: MoE layers until iteration 50" in ours.log
+
+
+@pytest.mark.parametrize("options", [("--scalemoe-experts", "grouped"), ("--scalemoe-plan", "PLAN")])
+def test_other_experts_and_a_plan(options, text_data, tmp_path):
+    ranks, flags = EP2
+    options = [save_some_plan(tmp_path) if option == "PLAN" else option for option in options]
+    ours = run(ranks, *flags, *OURS, *options, data=text_data)
+    assert max(differences(stock(ranks, *flags, data=text_data), ours)) < TOLERANCE
+
+
+def test_replans_and_placed_sequences(text_data):
+    """Without auxiliary loss and dropout, which depend on which sequences meet on a rank."""
+    ranks, flags = EP2
+    flags = (*flags, "--moe-aux-loss-coeff", 0, "--hidden-dropout", 0, "--attention-dropout", 0)
+    live = ("--scalemoe-replicas", 2, "--scalemoe-migrate", "--scalemoe-replan-interval", 5, "--scalemoe-trace-interval", 5)
+    ours = run(ranks, *flags, *OURS, *live, "--scalemoe-sequence-placement", "affinity", "--num-workers", 1, data=text_data)
+    assert max(differences(stock(ranks, *flags, data=text_data), ours)) < TOLERANCE
+    assert "iterations 46 to 50: rank load max/mean" in ours.log
+    assert "in the last batch" in ours.log
+
+
+def test_a_wrong_loss_is_noticed():
+    ranks, flags = EP2
+    dropping = ("--scalemoe-dispatch", "padded", "--scalemoe-padded-capacity-factor", 0.8)
+    assert max(differences(stock(ranks, *flags), run(ranks, *flags, *OURS, *dropping))) > 10 * TOLERANCE
+
+
+def test_hybrid_models_have_our_layers():
+    """pretrain_mamba.py, without Mamba layers, which need a GPU: attention and MoE layers, each with a number of its own."""
+    spec = ("--spec", "tests.integration.megatron_lm.hybrid_spec", "hybrid_spec")
+    flags = ("--is-hybrid-model", "--hybrid-override-pattern", "*E*E", "--num-layers", 4, "--expert-model-parallel-size", 2, *spec)
+    before = stock(2, *flags, script="pretrain_mamba.py")
+    replicas = ("--scalemoe-replicas", 2, "--scalemoe-replan-interval", 10, "--scalemoe-table-interval", 50)
+    ours = run(2, *flags, *OURS, *replicas, script="pretrain_mamba.py")
+    assert max(differences(before, ours)) < TOLERANCE
+    table = ours.log.partition("until iteration 50\n")[2].splitlines()[2:4]
+    assert [int(line.split()[0]) for line in table] == [2, 4]

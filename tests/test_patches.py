@@ -1,0 +1,91 @@
+"""tools/apply_patches.sh and check_patches.sh, on a small stand-in for Megatron-LM's repository."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = "megatron/training/arguments.py"
+BEFORE, ADDED, AFTER = "def parse_args():\n", "    # ours\n", "    return 1\n"
+GIT = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main"]
+
+
+def run(*command: object, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A repository whose tag core_v1.2.3 has one file, beside our two tools and a patch for it."""
+    (tmp_path / "tools").mkdir()
+    for name in ("apply_patches.sh", "check_patches.sh"):
+        shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
+    clone = tmp_path / "clone"
+    (clone / FILE).parent.mkdir(parents=True)
+    (clone / FILE).write_text(BEFORE + AFTER)
+    (clone / "megatron/core").mkdir()
+    (clone / "megatron/core/package_info.py").write_text("MAJOR = 1\nMINOR = 2\nPATCH = 3\nPRE_RELEASE = ''\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["tag", "core_v1.2.3"]):
+        assert run(*GIT, *command, cwd=clone).returncode == 0
+    (clone / FILE).write_text(BEFORE + ADDED + AFTER)
+    save_patch(clone, "-U0")
+    return clone
+
+
+def save_patch(clone: Path, context: str) -> None:
+    """Of what has changed in the clone, which is taken back."""
+    folder = clone.parent / "patches/megatron/core_v1.2.3"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "0001-ours.patch").write_text(run("git", "diff", context, "--full-index", cwd=clone).stdout)
+    assert run("git", "checkout", "-q", ".", cwd=clone).returncode == 0
+
+
+def apply(clone: Path, *flags: str) -> subprocess.CompletedProcess:
+    return run("bash", clone.parent / "tools/apply_patches.sh", *flags, clone, cwd=clone.parent)
+
+
+def test_apply(clone):
+    assert apply(clone, "--check").stdout == "core_v1.2.3/0001-ours.patch applies\n"
+    assert (clone / FILE).read_text() == BEFORE + AFTER
+    assert apply(clone).stdout == "core_v1.2.3/0001-ours.patch applied\n"
+    assert (clone / FILE).read_text() == BEFORE + ADDED + AFTER
+    for flags in ((), ("--check",)):
+        assert apply(clone, *flags).stdout == "core_v1.2.3/0001-ours.patch is applied already\n"
+
+
+def test_apply_without_a_repository_inside_another_one(clone):
+    shutil.rmtree(clone / ".git")
+    assert run(*GIT, "init", "-q", cwd=clone.parent).returncode == 0
+    assert apply(clone).returncode == 0
+    assert (clone / FILE).read_text() == BEFORE + ADDED + AFTER
+
+
+@pytest.mark.parametrize("flags", [(), ("--check",)])
+def test_other_files_are_refused(clone, flags):
+    """Though git would add the lines anywhere: there is no context."""
+    (clone / FILE).write_text("# new\n" + BEFORE + AFTER)
+    result = apply(clone, *flags)
+    assert result.returncode == 1
+    assert "is not the file of core_v1.2.3" in result.stderr and "megatron_scalemoe.launch" in result.stderr
+    assert (clone / FILE).read_text() == "# new\n" + BEFORE + AFTER
+
+
+def test_other_versions_are_refused(clone):
+    (clone / "megatron/core/package_info.py").write_text("MAJOR = 1\nMINOR = 9\nPATCH = 0\n")
+    assert "no patches for core_v1.9.0; there are: core_v1.2.3" in apply(clone).stderr
+    (clone / "megatron/core/package_info.py").unlink()
+    assert "is not a checkout of Megatron-LM" in apply(clone).stderr
+
+
+def test_check_patches(clone):
+    check = ["bash", clone.parent / "tools/check_patches.sh", clone]
+    assert run(*check, cwd=clone).stdout.endswith("core_v1.2.3: proved\n")
+    (clone / FILE).write_text(BEFORE + ADDED + AFTER)
+    save_patch(clone, "-U1")
+    assert "must only add lines, without context" in run(*check, cwd=clone).stderr
+    (clone / FILE).write_text(BEFORE + "not Python\n" + AFTER)
+    save_patch(clone, "-U0")
+    result = run(*check, cwd=clone)
+    assert result.returncode != 0 and "not Python" in result.stderr
