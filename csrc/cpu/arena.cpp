@@ -82,8 +82,9 @@ int cores() {
 }
 
 uint64_t pack(const FailureReport& report) {
-  return static_cast<uint64_t>(report.failure) | static_cast<uint64_t>(report.op) << 8 | static_cast<uint64_t>(report.culprit & 0xffff) << 16 |
-         static_cast<uint64_t>(report.reporter & 0xffff) << 32 | static_cast<uint64_t>(report.detail & 0xffff) << 48;
+  const auto bits = [](auto value, uint64_t mask, int at) { return (static_cast<uint64_t>(value) & mask) << at; };
+  return bits(report.failure, 0xff, 0) | bits(report.op, 0xff, 8) | bits(report.culprit, 0xffff, 16) | bits(report.reporter, 0xffff, 32) |
+         bits(report.detail, 0xffff, 48);
 }
 
 FailureReport unpack(uint64_t word) {
@@ -148,11 +149,14 @@ int Arena::create_control(int64_t size, const uint64_t token[2], int* fd) {
 
 int Arena::open(int rank, const std::vector<Process>& processes, int64_t control_fd, const uint64_t token[2], double timeout_s) {
   const int64_t size = static_cast<int64_t>(processes.size());
-  if (const int failed = Segment::open(processes[0].pid, control_fd, control_bytes(size), true, &control_)) {
+  Segment opened;
+  if (const int failed = Segment::open(processes[0].pid, control_fd, control_bytes(size), true, &opened)) {
     return is_dead(processes[0], failed) ? ESRCH : failed;
   }
-  const auto* control = reinterpret_cast<const Control*>(control_.data());
-  if (control->magic != kMagic || control->size != processes.size() || std::memcmp(control->token, token, sizeof control->token) != 0) return EBADF;
+  const auto* control = reinterpret_cast<const Control*>(opened.data());
+  if (control->magic != kMagic || control->size != processes.size()) return EBADF;
+  if (std::memcmp(control->token, token, sizeof control->token) != 0) return EBADF;
+  control_ = std::move(opened);
   rank_ = rank;
   pid_ = getpid();
   timeout_s_ = timeout_s;

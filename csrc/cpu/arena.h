@@ -12,7 +12,7 @@ namespace scalemoe {
 // The ops, as in `OPS` of ops/shm.py.
 enum class Op : int32_t { kNone = 0, kGatherCounts, kDispatch, kCombine, kCombineBackward, kDispatchBackward };
 
-// Why an arena can no longer be used, as in `_message` of ops/shm.py.
+// Why an arena can no longer be used, as in `Arena._error` of ops/shm.py.
 enum class Failure : int32_t {
   kNone = 0,
   kDead,        // the culprit's process is gone
@@ -50,9 +50,9 @@ int64_t start_time(int64_t pid);
 
 // Owns this rank's mappings. Not thread-safe.
 //
-// Each rank has two halves of memory, which it alone writes. Op number n uses half n % 2: every rank writes its own, passes one barrier, and
-// reads the others'. Whoever passes the barrier of op n knows that all ranks have come to it, and so have finished op n - 1; half (n + 1) % 2,
-// last read in op n - 1, is free for op n + 1.
+// Each rank has two halves of memory, which it alone writes. Op number n uses half n % 2: every rank writes its own, passes one barrier,
+// and reads the others'. Whoever passes the barrier of op n knows that all ranks have come to it, and so have finished op n - 1; half
+// (n + 1) % 2, last read in op n - 1, is free for op n + 1.
 //
 // What others write is not trusted: it is checked, and copied before it is checked if it is used again.
 class Arena {

@@ -1,7 +1,7 @@
 // The exchange of rows between ranks through an arena: the four ops and the counts, bitwise equal to the collectives of dispatch/ragged.py.
 //
-// Every op has the same form: each rank writes into its own half what others need of it, passes the barrier, and reads what it needs straight
-// into its result. What stays on the rank makes no detour through shared memory.
+// Every op has the same form: each rank writes into its own half what others need of it, passes the barrier, and reads what it needs
+// straight into its result. What stays on the rank makes no detour through shared memory.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,8 @@ class Exchange {
   // grad_y [tokens, hidden] -> grad_rows [rows, hidden]
   int combine_backward(const OpArgs& args, const uint8_t* grad_y, uint8_t* grad_rows);
 
-  // rows [rows, hidden] -> y [tokens, hidden]. With value_bytes it is dispatch_backward: also values [rows] -> returned_values [tokens, columns].
+  // rows [rows, hidden] -> y [tokens, hidden]. With value_bytes it is dispatch_backward, and also returns values [rows] ->
+  // returned_values [tokens, columns].
   int combine(const OpArgs& args, const uint8_t* rows, const uint8_t* values, uint8_t* y, uint8_t* returned_values);
 
  private:

@@ -89,8 +89,8 @@ bool PairMap::count(const std::vector<Experts>& experts, int rank, int64_t align
 }
 
 void PairMap::write(
-    const std::vector<Experts>& experts, int rank, int64_t alignment, const std::vector<int64_t>& rows_LG, const MapSizes& sizes, int32_t* map,
-    int64_t* rows_per_expert) {
+    const std::vector<Experts>& experts, int rank, int64_t alignment, const std::vector<int64_t>& rows_LG, const MapSizes& sizes,
+    int32_t* map, int64_t* rows_per_expert) {
   const int ranks = static_cast<int>(experts.size());
   const int64_t num_local = experts[rank].num_local, first = rank * num_local;
   const int64_t header[] = {kMagicValue, rank, ranks, num_local, sizes.pairs, sizes.entries, sizes.rows};
@@ -132,8 +132,9 @@ void PairMap::write(
 }
 
 bool PairMap::read(const int32_t* map, int64_t ints, int64_t rows, int rank, int ranks, int64_t num_local) {
-  if (ints < kHeaderInts || map[kMagic] != kMagicValue || map[kRank] != rank || map[kRanks] != ranks || map[kNumLocal] != num_local) return false;
-  if (map[kPairs] < 0 || map[kEntries] < 0 || map[kRows] != rows || ints != ints_of(ranks, num_local, map[kPairs], map[kEntries])) return false;
+  if (ints < kHeaderInts || map[kMagic] != kMagicValue || map[kRows] != rows) return false;
+  if (map[kRank] != rank || map[kRanks] != ranks || map[kNumLocal] != num_local || map[kPairs] < 0 || map[kEntries] < 0) return false;
+  if (ints != ints_of(ranks, num_local, map[kPairs], map[kEntries])) return false;
   lay_out(map, ranks, num_local, map[kPairs]);
   return first_pair_[ranks] == map[kPairs] && first_entry_[map[kPairs]] == map[kEntries] && in_bounds(map[kEntries], rows);
 }

@@ -6,7 +6,8 @@
 
 namespace scalemoe {
 
-// What a rank's tokens want, int32 [tokens, columns]: the expert slots of each token, ascending, then -1. Slot q lives on rank q / num_local.
+// What a rank's tokens want, int32 [tokens, columns]: the expert slots of each token, ascending, then -1. Slot q lives on rank
+// q / num_local.
 struct Experts {
   const int32_t* ids;
   int64_t tokens, columns, num_local;
@@ -40,8 +41,8 @@ class PairMap {
 
   // Fills map [sizes.ints] and rows_per_expert [num_local], padding included, and views the map.
   void write(
-      const std::vector<Experts>& experts, int rank, int64_t alignment, const std::vector<int64_t>& rows_LG, const MapSizes& sizes, int32_t* map,
-      int64_t* rows_per_expert);
+      const std::vector<Experts>& experts, int rank, int64_t alignment, const std::vector<int64_t>& rows_LG, const MapSizes& sizes,
+      int32_t* map, int64_t* rows_per_expert);
 
   // Views a map that `write` made on this rank; false for anything else, so that nothing is read or written out of bounds by it.
   bool read(const int32_t* map, int64_t ints, int64_t rows, int rank, int ranks, int64_t num_local);
@@ -63,7 +64,8 @@ class PairMap {
 
   int ranks_ = 0;
   int64_t num_local_ = 0;
-  const int32_t *tokens_ = nullptr, *first_pair_ = nullptr, *padding_ = nullptr, *token_ = nullptr, *first_entry_ = nullptr, *row_ = nullptr;
+  const int32_t *tokens_ = nullptr, *first_pair_ = nullptr, *padding_ = nullptr;
+  const int32_t *token_ = nullptr, *first_entry_ = nullptr, *row_ = nullptr;
 };
 
 }  // namespace scalemoe

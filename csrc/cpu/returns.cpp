@@ -45,7 +45,8 @@ void write_blocks(const OpArgs& args, const PairMap& map, const ReturnLayout& la
 }
 
 // Sums the rows of each pair of the other ranks' tokens, and copies their values.
-void publish_returns(const OpArgs& args, const PairMap& map, const ReturnLayout& layout, const uint8_t* rows, const uint8_t* values, uint8_t* half) {
+void publish_returns(
+    const OpArgs& args, const PairMap& map, const ReturnLayout& layout, const uint8_t* rows, const uint8_t* values, uint8_t* half) {
   const int64_t row_bytes = row_bytes_of(args), pairs = layout.pairs(map);
   parallel_for(pairs, (pairs + map.entries() - layout.own_entries) * row_bytes, args.threads, [&](int64_t begin, int64_t end) {
     std::vector<const void*> of_pair;
@@ -65,8 +66,8 @@ void publish_returns(const OpArgs& args, const PairMap& map, const ReturnLayout&
 
 // Sums the rows that came back for each token. `returned`: this rank's first row in each other half.
 void sum_returns(
-    const OpArgs& args, const Experts& experts, const Outgoing& outgoing, const PairMap& map, int rank, const std::vector<const uint8_t*>& returned,
-    const uint8_t* rows, uint8_t* y) {
+    const OpArgs& args, const Experts& experts, const Outgoing& outgoing, const PairMap& map, int rank,
+    const std::vector<const uint8_t*>& returned, const uint8_t* rows, uint8_t* y) {
   const int64_t row_bytes = row_bytes_of(args), own_first = map.first_entry(map.first_pair(rank));
   parallel_for(args.tokens, (args.tokens + args.rows) * row_bytes, args.threads, [&](int64_t begin, int64_t end) {
     std::vector<const void*> of_token(args.columns), of_own(args.columns);
@@ -91,14 +92,15 @@ void sum_returns(
 
 // The values of each token's rows, zero where it has none. `returned`: this rank's first value in each half, for itself null.
 void gather_values(
-    const OpArgs& args, const Experts& experts, const Outgoing& outgoing, const PairMap& map, int rank, const std::vector<const uint8_t*>& returned,
-    const uint8_t* values, uint8_t* gathered) {
+    const OpArgs& args, const Experts& experts, const Outgoing& outgoing, const PairMap& map, int rank,
+    const std::vector<const uint8_t*>& returned, const uint8_t* values, uint8_t* gathered) {
   const int64_t own_first = map.first_entry(map.first_pair(rank));
   if (args.tokens) std::memset(gathered, 0, args.tokens * args.columns * args.value_bytes);
   for (int64_t token = 0; token < args.tokens; token++) {
     for (int64_t column = 0; column < args.columns && experts.at(token, column) >= 0; column++) {
-      const int64_t from = experts.at(token, column) / args.num_local, at = token * args.columns + column, entry = outgoing.entry_of[at];
-      const uint8_t* value = from == rank ? values + map.row(own_first + entry) * args.value_bytes : returned[from] + entry * args.value_bytes;
+      const int64_t from = experts.at(token, column) / args.num_local, at = token * args.columns + column;
+      const int64_t entry = outgoing.entry_of[at], place = from == rank ? map.row(own_first + entry) : entry;
+      const uint8_t* value = (from == rank ? values : returned[from]) + place * args.value_bytes;
       copy_value(gathered + at * args.value_bytes, value, args.value_bytes);
     }
   }
@@ -135,8 +137,8 @@ int Exchange::find_returns(const OpArgs& args) {
     if (!fits(arena.rank() * sizeof block, 1, sizeof block, size)) return arena.fail(Failure::kCorrupt, rank);
     std::memcpy(&block, arena.half(rank) + arena.rank() * sizeof block, sizeof block);
     // What is to come is known: the numbers must agree.
-    if (block.pairs != outgoing_.pairs[rank] || block.entries != outgoing_.entries[rank] || !fits(block.rows, block.pairs, row_bytes_of(args), size) ||
-        !fits(block.values, block.entries, args.value_bytes, size)) {
+    const bool agrees = block.pairs == outgoing_.pairs[rank] && block.entries == outgoing_.entries[rank];
+    if (!agrees || !fits(block.rows, block.pairs, row_bytes_of(args), size) || !fits(block.values, block.entries, args.value_bytes, size)) {
       return arena.fail(Failure::kCorrupt, rank);
     }
     returned_rows_[rank] = arena.half(rank) + block.rows;

@@ -32,12 +32,14 @@ int guarded(void* handle, F op) {
 // -1 if there is no such process, 0 if that cannot be told.
 SCALEMOE_API int64_t scalemoe_shm_start_time(int64_t pid) { return scalemoe::start_time(pid); }
 
-SCALEMOE_API int scalemoe_shm_create_control(int64_t ranks, const uint64_t* token, int* fd) { return Arena::create_control(ranks, token, fd); }
+SCALEMOE_API int scalemoe_shm_create_control(int64_t ranks, const uint64_t* token, int* fd) {
+  return Arena::create_control(ranks, token, fd);
+}
 
 // pids and start_times: int64 [ranks]; control_fd: of rank 0.
 SCALEMOE_API int scalemoe_shm_open(
-    int64_t rank, int64_t ranks, const int64_t* pids, const int64_t* start_times, int64_t control_fd, const uint64_t* token, double timeout_s,
-    void** handle) {
+    int64_t rank, int64_t ranks, const int64_t* pids, const int64_t* start_times, int64_t control_fd, const uint64_t* token,
+    double timeout_s, void** handle) {
   try {
     std::vector<scalemoe::Process> processes;
     for (int64_t other = 0; other < ranks; other++) processes.push_back({pids[other], start_times[other]});

@@ -70,7 +70,7 @@ def whole_plan(part: PlacementPlan | None, rows: Sequence[int], num_layers: int)
 
 
 def plan_beside(path: Path, num_layers: int, ranks_and_experts: tuple[int, int], replicas: int | None) -> tuple[PlacementPlan | None, str]:
-    """The plan that was saved with a checkpoint, or None and the reason why it cannot be used: "" where none was saved, as by stock Megatron.
+    """The plan saved with a checkpoint, or None and the reason why it cannot be used: "" where none was saved, as by stock Megatron.
 
     Rank 0 reads. Collective over all ranks.
     """

@@ -158,4 +158,4 @@ def test_a_result_of_ranks_started_elsewhere_is_shown_and_checked(tmp_path, caps
     assert json.loads((tmp_path / "bench.json").read_text())["rows"][1]["ranks"] == 32
     result.write_text(json.dumps({"rows": [row("alltoall", dtype="bf16"), row("scalemoe", dtype="bf16", max_rel_error=0.1)]}))
     assert main(["bench", "dispatch", "--result", str(result)]) == 3
-    assert "scalemoe differ from alltoall by more than 0.01" in capsys.readouterr().err
+    assert "scalemoe (collective) differ from alltoall by more than 0.01" in capsys.readouterr().err

@@ -86,13 +86,14 @@ def test_the_smallest_block_that_fits_is_taken_unless_it_is_far_too_large():
 def test_idle_memory_is_bounded_and_the_oldest_goes():
     pool = Pool(max_idle_bytes=20 * MIB)
     first, second, third = (floats(pool, 8) for _ in range(3))
-    address = second.data_ptr()
+    address = [second.data_ptr(), third.data_ptr()]
     del first
     del second
     assert pool.idle_bytes == 16 * MIB
     del third
     assert pool.idle_bytes == 16 * MIB
-    assert floats(pool, 8).data_ptr() == address  # the oldest that is left
+    taken = [floats(pool, 8), floats(pool, 8)]
+    assert [tensor.data_ptr() for tensor in taken] == address[::-1]  # the last to come back first
     huge = floats(pool, 30)
     del huge
     assert pool.idle_bytes <= 20 * MIB
