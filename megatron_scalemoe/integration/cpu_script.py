@@ -22,6 +22,11 @@ import torch
 
 from megatron_scalemoe.integration import cpu_ranks
 
+_TRITON_KERNELS = (
+    "megatron.core.transformer.custom_layers.batch_invariant_kernels",
+    "megatron.core.inference.contexts.attention_context.triton.tensor_ops",
+)
+
 
 def install() -> None:
     """Make the training scripts of Megatron-LM, which must be on `sys.path`, run on CPU ranks in this process.
@@ -60,16 +65,24 @@ def _with_own_generator(init: Any) -> Any:
 
 
 def _stand_in_for_triton() -> None:
-    """`megatron.training` imports these kernels whether they are used or not, and they import triton."""
-    if importlib.util.find_spec("triton") is None:
-        kernels = types.ModuleType("megatron.core.transformer.custom_layers.batch_invariant_kernels")
-        kernels.is_batch_invariant_mode_enabled = lambda: False
-        kernels.enable_batch_invariant_mode = kernels.set_batch_invariant_mode = _needs_triton
-        sys.modules[kernels.__name__] = kernels
+    """The scripts import these kernels whether they are used or not, and they import triton."""
+    if importlib.util.find_spec("triton") is not None:
+        return
+    for name in _TRITON_KERNELS:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__getattr__ = _missing_kernel
+    sys.modules[_TRITON_KERNELS[0]].is_batch_invariant_mode_enabled = lambda: False
 
 
-def _needs_triton(*_: Any) -> None:
-    raise RuntimeError("--batch-invariant-mode needs triton, and a GPU")
+def _missing_kernel(name: str) -> Any:
+    """Of a module: a function that fails when it is called."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def kernel(*args: Any, **options: Any) -> None:
+        raise RuntimeError(f"{name} needs triton, and a GPU")
+
+    return kernel
 
 
 def _use_built_dataset_helpers() -> None:

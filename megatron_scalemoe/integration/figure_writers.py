@@ -37,14 +37,18 @@ def write_figures(tensorboard: Any, wandb: Any, figures: Sequence[LayerFigures],
 
 
 def write_events(tensorboard: Any, wandb: Any, events: Iterable[Mapping[str, Any]], iteration: int) -> None:
-    """Write what live balance did on this pipeline stage since the last call: its log lines as text, its figures as scalars."""
+    """Write what live balance did on this pipeline stage since the last call: its log lines as text, its figures as scalars.
+
+    In TensorBoard under the event's iteration; in W&B, which takes no earlier ones, under this one.
+    """
     for event in events:
         at = event.get("iteration", iteration)
         if tensorboard:
             tensorboard.add_text("scalemoe/events", event_text(event), at)
         name = event["event"].replace(" ", "_")
         known = {f"scalemoe/{name}/{key}": event[key] for key in _EVENT_VALUES if event.get(key) is not None}
-        _write(tensorboard, wandb, known | {f"scalemoe/{name}": 1}, at)
+        _write(tensorboard, None, known | {f"scalemoe/{name}": 1}, at)
+        _write(None, wandb, known | {f"scalemoe/{name}": 1}, iteration)
 
 
 def _write(tensorboard: Any, wandb: Any, values: Mapping[str, float], iteration: int) -> None:

@@ -1,17 +1,21 @@
 """The real pretrain_gpt.py with our flag has stock's loss, in every layout."""
 
+import itertools
+from pathlib import Path
+
 import pytest
 
 from tests.integration.megatron_lm.script import MOCK_DATA, OURS, TOLERANCE, differences, needs_checkout, run, save_some_plan, stock
 
 pytestmark = needs_checkout
 
+OVERLAP = "ep 2, dp 2, distributed optimizer with overlap"
 # ranks and Megatron's flags
 EP2 = 2, ("--expert-model-parallel-size", 2)
 LAYOUTS = {
     "ep 2": EP2,
     "ep 4": (4, ("--expert-model-parallel-size", 4)),
-    "ep 2, dp 2, distributed optimizer with overlap": (
+    OVERLAP: (
         4,
         ("--expert-model-parallel-size", 2, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
     ),
@@ -34,12 +38,23 @@ def test_loss_is_stocks(layout, data, text_data):
     assert "scalemoe: MoE layers until iteration 50" in ours.log
 
 
-@pytest.mark.parametrize("options", [("--scalemoe-experts", "grouped"), ("--scalemoe-plan", "PLAN")])
-def test_other_experts_and_a_plan(options, text_data, tmp_path):
-    ranks, flags = EP2
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [("ep 2", ("--scalemoe-experts", "grouped")), ("ep 2", ("--scalemoe-plan", "PLAN")), (OVERLAP, ("--scalemoe-plan", "PLAN"))],
+)
+def test_other_experts_and_a_plan(layout, options, text_data, tmp_path):
+    ranks, flags = LAYOUTS[layout]
     options = [save_some_plan(tmp_path) if option == "PLAN" else option for option in options]
     ours = run(ranks, *flags, *OURS, *options, data=text_data)
     assert max(differences(stock(ranks, *flags, data=text_data), ours)) < TOLERANCE
+
+
+def test_multi_token_prediction_layers_are_ours():
+    ranks, flags = EP2
+    flags = (*flags, "--mtp-num-layers", 1)
+    ours = run(ranks, *flags, *OURS, "--scalemoe-replicas", 2, "--scalemoe-replan-interval", 10, "--scalemoe-table-interval", 50)
+    assert max(differences(stock(ranks, *flags), ours)) < TOLERANCE
+    assert layers_in_table(ours.log) == [1, 2, 3]
 
 
 def test_replans_and_placed_sequences(text_data):
@@ -61,11 +76,15 @@ def test_a_wrong_loss_is_noticed():
 
 def test_hybrid_models_have_our_layers():
     """pretrain_mamba.py, without Mamba layers, which need a GPU: attention and MoE layers, each with a number of its own."""
-    spec = ("--spec", "tests.integration.megatron_lm.hybrid_spec", "hybrid_spec")
-    flags = ("--is-hybrid-model", "--hybrid-override-pattern", "*E*E", "--num-layers", 4, "--expert-model-parallel-size", 2, *spec)
-    before = stock(2, *flags, script="pretrain_mamba.py")
-    replicas = ("--scalemoe-replicas", 2, "--scalemoe-replan-interval", 10, "--scalemoe-table-interval", 50)
-    ours = run(2, *flags, *OURS, *replicas, script="pretrain_mamba.py")
-    assert max(differences(before, ours)) < TOLERANCE
-    table = ours.log.partition("until iteration 50\n")[2].splitlines()[2:4]
-    assert [int(line.split()[0]) for line in table] == [2, 4]
+    flags = ("--is-hybrid-model", "--hybrid-override-pattern", "*E*E", "--num-layers", 4, "--expert-model-parallel-size", 2)
+    flags += ("--spec", "hybrid_spec", "hybrid_spec")
+    hybrid = {"script": "pretrain_mamba.py", "modules": str(Path(__file__).parent)}
+    ours = run(2, *flags, *OURS, "--scalemoe-replicas", 2, "--scalemoe-replan-interval", 10, "--scalemoe-table-interval", 50, **hybrid)
+    assert max(differences(stock(2, *flags, **hybrid), ours)) < TOLERANCE
+    assert layers_in_table(ours.log) == [2, 4]
+
+
+def layers_in_table(log: str) -> list[int]:
+    """Their numbers in the table after the last iteration."""
+    rows = log.partition("until iteration 50\n")[2].splitlines()[2:]
+    return [int(row.split()[0]) for row in itertools.takewhile(lambda row: row.strip()[:1].isdigit(), rows)]
