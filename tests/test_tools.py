@@ -21,7 +21,8 @@ exec {python} "$@"
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """What _venv.sh looks at, with a .venv whose Python is the stand-in."""
-    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    for folder in ("tools", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     for name in ("pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "megatron_scalemoe").symlink_to(ROOT / "megatron_scalemoe")

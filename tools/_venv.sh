@@ -71,7 +71,7 @@ install_package() {
 ensure_venv() {
     local stamp
     # The path is part of it: a copied checkout must not run the original's sources.
-    stamp="$({ echo "$ROOT" && cat "$ROOT/pyproject.toml" "$ROOT/setup.py" && find "$ROOT/csrc" -type f -print0 2>/dev/null | sort -z | xargs -0r cat; } | sha256sum | cut -d' ' -f1)"
+    stamp="$({ echo "$ROOT" && find "$ROOT"/{pyproject.toml,setup.py,csrc} -type f -print0 | sort -z | xargs -0 cat; } | sha256sum | cut -d' ' -f1)"
     if [[ "$(cat "$ROOT/.venv/scalemoe-stamp" 2>/dev/null)" == "$stamp" ]] && "$VENV_PYTHON" -c 'import megatron_scalemoe' 2>/dev/null; then
         return
     fi
