@@ -55,14 +55,14 @@ class RankPool:
                 rank, error, value = self.results.get(timeout=0.2)
                 if error is not None:
                     self.close()  # the other ranks may be waiting in a collective
-                    raise RankFailed(f"rank {rank} of {len(self.processes)} failed in {fn.__name__}:\n{error}")
+                    raise RankFailed(f"rank {rank} of {len(self.processes)} failed in {_name(fn)}:\n{error}")
                 results[rank] = value
                 continue
             dead = [rank for rank, process in enumerate(self.processes) if not process.is_alive() and rank not in results]
             if dead or time.monotonic() > deadline:
                 missing = sorted(set(range(len(self.processes))) - set(results))
                 self.close()
-                raise RankFailed(f"{fn.__name__}: ranks {missing} gave no result within {timeout_s} s (dead: {dead})")
+                raise RankFailed(f"{_name(fn)}: ranks {missing} gave no result within {timeout_s} s (dead: {dead})")
         return [results[rank] for rank in range(len(self.processes))]
 
     def close(self) -> None:
@@ -99,3 +99,7 @@ def _serve(rank: int, world_size: int, store: str, tasks, results) -> None:
             results.put((rank, None, fn(*args)))
         except BaseException:
             results.put((rank, traceback.format_exc(), None))
+
+
+def _name(fn) -> str:
+    return getattr(fn, "__name__", None) or repr(fn)  # a partial has none

@@ -6,7 +6,9 @@ cd "$ROOT"
 if (($#)); then
     exec "$VENV_PYTHON" -m pytest "$@"
 fi
-# Two at a time but for those on rank pools: these use all cores themselves.
+# Two at a time but for those on rank pools, which use all cores themselves. The examples mostly wait for processes to start.
 RANKS=(tests/distributed tests/integration)
+EXAMPLES=(tests/integration/test_{example,example_data,example_scripts,bert_example}.py)
 "$VENV_PYTHON" -m pytest -n 2 --dist worksteal "${RANKS[@]/#/--ignore=}"
-exec "$VENV_PYTHON" -m pytest "${RANKS[@]}"
+"$VENV_PYTHON" -m pytest -n 2 --dist loadfile "${EXAMPLES[@]}"
+exec "$VENV_PYTHON" -m pytest "${RANKS[@]}" "${EXAMPLES[@]/#/--ignore=}"

@@ -194,8 +194,16 @@ def _host_groups(group: dist.ProcessGroup, plan: Plan) -> tuple[dist.ProcessGrou
     host, position = divmod(group.rank(), plan.ranks_per_host)
     # Only the members make them: the ranks of other dispatch groups, as of other pipeline stages, may be elsewhere.
     options = {"timeout": _timeout(group), "use_local_synchronization": True}
+    _level_group_counts(group)
     inside = dist.new_group(ranks_HP[host].tolist(), **options)
     return inside, dist.new_group(ranks_HP[:, position].tolist(), **options)
+
+
+def _level_group_counts(group: dist.ProcessGroup) -> None:
+    """torch names such a group by how many groups the rank has; members with different names would wait for each other for ever."""
+    own = len(dist.distributed_c10d._world.pg_names)
+    for _ in range(max(_gathered(group, own)) - own):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
 def _where(plan: Plan) -> str:

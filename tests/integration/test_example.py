@@ -105,13 +105,13 @@ def test_resume_continues_the_same_curve(runs, ranks, ep, flags):
 def test_parallel_layouts_train(tmp_path):
     """TP x EP, PP, the distributed optimizer, bf16 and recomputation, all at once over two runs."""
     layout = ("--tensor-model-parallel-size", "2", "--use-distributed-optimizer", "--overlap-grad-reduce", "--bf16")
-    tp = train(tmp_path, "tp", "--train-iters", "30", *layout, "--moe-dispatcher", "scalemoe", ranks=4, ep=2)
+    tp = train(tmp_path, "tp", "--train-iters", "15", *layout, "--moe-dispatcher", "scalemoe", ranks=4, ep=2)
     pipeline = ("--pipeline-model-parallel-size", "2", "--recompute-granularity", "full", "--recompute-method", "uniform")
     pp = train(
-        tmp_path, "pp", "--train-iters", "30", *pipeline, "--recompute-num-layers", "1", "--moe-dispatcher", "scalemoe", ranks=4, ep=2
+        tmp_path, "pp", "--train-iters", "15", *pipeline, "--recompute-num-layers", "1", "--moe-dispatcher", "scalemoe", ranks=4, ep=2
     )
     for losses in (tp, pp):
-        assert losses[30] < 0.8 * losses[1]
+        assert losses[15] < 0.9 * losses[1]
 
 
 BAD = {
