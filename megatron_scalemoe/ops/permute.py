@@ -14,12 +14,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_scalemoe.ops import native, pool
 
 # Smaller results: torch's own gather is as fast, and the C library has memory at hand.
 NATIVE_GATHER_BYTES = 8 << 20
+# Not `once_differentiable`, which takes longer than a small gather.
+NO_SECOND_DERIVATIVE = "gradients of permutation and routing are not differentiable"
 # Codes of the C interface.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -89,8 +90,8 @@ class _Permute(torch.autograd.Function):
         return _gather(x_ND, rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_MD):
+        assert not torch.is_grad_enabled(), NO_SECOND_DERIVATIVE
         return _sum(grad_MD, ctx.rows), None
 
 
@@ -101,8 +102,8 @@ class _Unpermute(torch.autograd.Function):
         return _sum(x_MD, rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_ND):
+        assert not torch.is_grad_enabled(), NO_SECOND_DERIVATIVE
         return _gather(grad_ND, ctx.rows), None
 
 

@@ -6,10 +6,9 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.ops.permute import define_op, native_library, on_plain_cpu
+from megatron_scalemoe.ops.permute import NO_SECOND_DERIVATIVE, define_op, native_library, on_plain_cpu
 
 
 def route(routing_map_TQ: Tensor, probs_TQ: Tensor, max_experts: int) -> tuple[Tensor, Tensor]:
@@ -36,8 +35,8 @@ class _Route(torch.autograd.Function):
         return experts, chosen
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, _, grad_chosen):
+        assert not torch.is_grad_enabled(), NO_SECOND_DERIVATIVE
         (experts,) = ctx.saved_tensors
         unroute = _cpu_unroute if on_plain_cpu(grad_chosen) else torch.ops.scalemoe.unroute
         return None, unroute(grad_chosen, experts, ctx.num_columns), None

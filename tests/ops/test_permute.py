@@ -91,6 +91,12 @@ def test_torch_ops(implementation):
     torch.library.opcheck(torch.ops.scalemoe.sum_rows.default, (torch.randn(6, 4, requires_grad=True), *maps))
 
 
+def test_a_second_derivative_is_refused():
+    rows, x = row_map(torch.tensor([0, 0]), 1), torch.ones(1, 2, requires_grad=True)
+    with pytest.raises(AssertionError, match="not differentiable"):
+        torch.autograd.grad(permute(x, rows).sum(), x, create_graph=True)
+
+
 def test_order_is_ascending_within_a_source_row():
     rows = row_map(torch.tensor([2, 0, 2, 0, 0]), 4)
     assert rows.num_rows == 4
