@@ -91,6 +91,7 @@ def test_the_plan_says_where_it_comes_from(files):
     assert (provenance["solver"], provenance["seed"], provenance["steps"]) == ("local_search", 7, [3, 5, 1])
     assert provenance["trace_hash"] == load_trace(Path("trace.npz")).content_hash
     assert provenance["topology_hash"] == load_topology(Path("topo.yaml")).content_hash
+    assert provenance["node_of_rank"] == load_topology(Path("topo.yaml")).node_of_rank.tolist()
 
 
 def test_the_table_shows_both_placements_and_what_was_written(files, capsys):

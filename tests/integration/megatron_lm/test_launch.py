@@ -1,6 +1,7 @@
 """The launcher: nothing without our flag; our flags in the help; what does not fit is refused before the first step, with the way out."""
 
 import dataclasses
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from megatron_scalemoe.plan import PlacementPlan, save_plan
 from megatron_scalemoe.topology.builders import fully_connected
 from megatron_scalemoe.topology.files import save_topology
-from tests.integration.megatron_lm.script import CHECKOUT, OURS, TOLERANCE, needs_checkout, run, stock
+from tests.integration.megatron_lm.script import CHECKOUT, OURS, SECONDS, TOLERANCE, needs_checkout, run, stock
 
 pytestmark = needs_checkout
 
@@ -46,6 +47,34 @@ def test_every_patch_fits_its_tag():
     done = subprocess.run(["bash", ROOT / "tools/check_patches.sh", CHECKOUT], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "core_v0.16.1: proved" in done.stdout
+
+
+def test_the_command_in_the_docs():
+    command = re.search(r"```bash\n(torchrun .*?)```", (ROOT / "docs/megatron-lm.md").read_text(), re.DOTALL)[1]
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=SECONDS, cwd="/")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "iteration       10/      10" in done.stdout
+    assert "scalemoe: MoE layers until iteration 10" in done.stdout
+
+
+def test_a_rank_that_dies_is_named(tmp_path):
+    program = tmp_path / "rank_1_dies_in_step_3.py"
+    program.write_text(
+        """
+import os, sys, torch
+from megatron_scalemoe import launch
+step, steps = torch.optim.AdamW.step, []
+def dying_step(*args, **options):
+    steps.append(1)
+    if len(steps) == 3 and os.environ["RANK"] == "1":
+        os._exit(7)
+    return step(*args, **options)
+torch.optim.AdamW.step = dying_step
+sys.exit(launch.main())
+"""
+    )
+    log = run(2, *FEW, *OURS, program=(str(program),), fails=True).ranks[0]
+    assert "[rank 0] error: rank 1 died or hangs" in log
 
 
 def test_help_lists_our_flags():
