@@ -45,7 +45,7 @@ def test_our_flag_on_and_off_in_mid_training(optimizer, text_data, tmp_path):
 def test_the_expert_parallel_size_changes(optimizer, before, after, text_data, tmp_path):
     """On 4 ranks. Without auxiliary loss and dropout, which depend on which sequences meet on a rank."""
     exact = ("--moe-aux-loss-coeff", 0, "--hidden-dropout", 0, "--attention-dropout", 0, *OPTIMIZERS[optimizer])
-    whole = stock(4, *EP4, *exact, data=text_data)
+    whole = stock(4, *before, *exact, data=text_data)
     first, second = in_parts(4, tmp_path, text_data, (25, (*before, *exact, *OURS)), (50, (*after, *exact, *OURS)))
     assert all(abs(loss - whole.losses[step]) < TOLERANCE for step, loss in {**first.losses, **second.losses}.items())
 
