@@ -20,7 +20,7 @@ for argument in "$@"; do
         cat <<HELP
 
 RANKS=N      CPU ranks or GPUs, all one expert-parallel group: 2, 4, 8 or 16 (default: 4, or 2 with fewer than 4 cores)
-ITERS=N      iterations (default 120); the first quarter are prepare_checkpoint.sh's, and all stages go on from there
+ITERS=N      iterations (default 200); the first quarter are prepare_checkpoint.sh's, and all stages go on from there
 LOGS=FOLDER  where the stages have their folders (default logs/$EXAMPLE); a stage that is run again replaces its folder
 DATA=PREFIX  PREFIX.bin and PREFIX.idx, the text to train on; get_data.sh makes them (default: data/text where that was made, else the
              Python standard library's sources)
@@ -37,7 +37,7 @@ source "$COMMON/../../tools/_venv.sh"
 SCALEMOE=("$VENV_PYTHON" -m megatron_scalemoe.cli.main)
 cores="$("$VENV_PYTHON" -c 'from megatron_scalemoe.environment import usable_cores; print(usable_cores())')"
 RANKS="${RANKS:-$((cores < 4 ? 2 : 4))}"
-ITERS="${ITERS:-120}"
+ITERS="${ITERS:-200}"
 LOGS="${LOGS:-logs/$EXAMPLE}"
 DEFAULT_DATA=data/text
 [[ -n "${DATA:-}" || ! -f "$DEFAULT_DATA.idx" ]] || DATA="$DEFAULT_DATA"

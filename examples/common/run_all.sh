@@ -3,7 +3,7 @@
 # batch in smaller micro-batches, which shows how far rounding alone takes the loss. Prints a table of speed, loss and balance, and writes
 # $LOGS/report.html with the curves.
 #
-#   [RANKS=2] [ITERS=120] [REPLICAS=8] [TOPOLOGY=cluster.yaml] bash examples/EXAMPLE/run_all.sh [flags of SCRIPT ...]
+#   [RANKS=2] [ITERS=200] [REPLICAS=8] [TOPOLOGY=cluster.yaml] bash examples/EXAMPLE/run_all.sh [flags of SCRIPT ...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_run.sh"
 

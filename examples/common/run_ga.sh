@@ -2,7 +2,7 @@
 # Stage 4 of 4: + topology-aware remapping: homes of experts move between ranks, too, where that pays back on the measured network. Then
 # explores what every solver would do with the recorded routing: compare.json, and plan.json, the plan that was in force at the end.
 #
-#   [RANKS=2] [ITERS=120] [REPLICAS=8] [TOPOLOGY=cluster.yaml] bash examples/EXAMPLE/run_ga.sh [flags of SCRIPT ...]
+#   [RANKS=2] [ITERS=200] [REPLICAS=8] [TOPOLOGY=cluster.yaml] bash examples/EXAMPLE/run_ga.sh [flags of SCRIPT ...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_run.sh"
 
