@@ -31,8 +31,8 @@ class ScaleMoEConfig:
     transport: str = dataclasses.field(default="auto", metadata={"choices": TRANSPORTS})
     """What ragged rows travel through: `collective` is torch.distributed; `shm` is shared memory between CPU ranks of one host; `cuda` is
     our kernels between GPUs of one host. Over several hosts, shm and cuda work inside each of them, and a row goes once to each host by a
-    collective. `auto` takes shm or cuda where they can be had, else collective; the first rank of each group says which, and why. Padded
-    dispatch takes collectives."""
+    collective. `auto` takes shm where it can be had, else collective (cuda is not yet tried on a GPU); the first rank of each group says
+    which, and why. Padded dispatch takes collectives."""
 
     max_rows_factor: float | None = dataclasses.field(default=None, metadata={"type": float})
     """Of the cuda transport: a rank has room for so many times the rows that it would get if all ranks got equally many; more are an

@@ -115,7 +115,7 @@ def _table(rows: list[dict]) -> str:
             row["dispatcher"],
             f"{row['lm_loss']:.6f}",
             f"{row['max_loss_difference']:.1e}",
-            format_bytes(row["bytes_out"]) if row["bytes_out"] else "none",
+            format_bytes(row["bytes_out"]),
             f"{row['dispatch_combine_ms']:.1f}",
             f"{row['tokens_per_s']:,.0f}",
         ]

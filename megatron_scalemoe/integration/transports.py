@@ -21,6 +21,8 @@ from megatron_scalemoe.ops.shm import BOOT_ID, PID_NAMESPACE, ShmUnavailable, op
 from megatron_scalemoe.ops.transport import Transport, register
 
 _NATIVE = {"cpu": "shm", "cuda": "cuda"}  # by the type of the ranks' device
+# Emulation cannot show that they are right on a real GPU, so nobody gets them unasked.
+_UNTRIED = "the CUDA kernels have not been tried on a GPU yet (--scalemoe-transport cuda takes them)"
 _MEDIUM = {"shm": "shared memory", "cuda": "CUDA kernels"}
 
 
@@ -112,7 +114,9 @@ def channel_of(group: dist.ProcessGroup, asked: str, sizes: CallSizes) -> Channe
         return _COLLECTIVE
     if group not in _channels:
         plan = _plan(group)
-        channel, why_not = (_COLLECTIVE, plan.why_not) if plan.why_not else _open(group, plan, sizes)
+        untried = asked == "auto" and _device().type == "cuda"
+        why_not = plan.why_not or (_UNTRIED if untried else None)
+        channel, why_not = (_COLLECTIVE, why_not) if why_not else _open(group, plan, sizes)
         _channels[group] = channel
         if group.rank() == 0:
             how = f"by collectives: {why_not}" if why_not else f"through {_MEDIUM[channel.name]}{_where(plan)}"

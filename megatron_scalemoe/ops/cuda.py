@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.ops.permute import DTYPE_CODES
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {dtype: code for dtype, code in DTYPE_CODES.items() if dtype != torch.float64}
 WORD_BYTES = 16  # what a lane moves at a time; rows consist of these
 MAX_RANKS, MAX_EXPERTS_PER_TOKEN, MAX_LOCAL_EXPERTS, MAX_COUNT_BYTES = 32, 32, 1024, 65536  # as in csrc/cuda/layout.h
 PUSH_BLOCKS = 32  # of 512 threads: enough for NVLink, and most of the GPU stays free for what overlaps

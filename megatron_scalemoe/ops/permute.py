@@ -10,18 +10,16 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megatron_scalemoe.ops import native, pool
+from megatron_scalemoe.ops.define import define_op, on_plain_cpu, refuse_second_derivative
 
 # Smaller results: torch's own gather is as fast, and the C library has memory at hand.
 NATIVE_GATHER_BYTES = 8 << 20
-# Not `once_differentiable`, which takes longer than a small gather.
-NO_SECOND_DERIVATIVE = "gradients of permutation and routing are not differentiable"
-# Codes of the C interface.
+# Codes of the C interfaces.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -91,7 +89,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_MD):
-        assert not torch.is_grad_enabled(), NO_SECOND_DERIVATIVE
+        refuse_second_derivative()
         return _sum(grad_MD, ctx.rows), None
 
 
@@ -103,7 +101,7 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ND):
-        assert not torch.is_grad_enabled(), NO_SECOND_DERIVATIVE
+        refuse_second_derivative()
         return _gather(grad_ND, ctx.rows), None
 
 
@@ -131,11 +129,6 @@ def plain_sum_rows(x: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> 
 
 
 # ---- by the native library, on the CPU ----
-
-
-def on_plain_cpu(x: Tensor) -> bool:
-    """Whether the CPU's function may be called without torch's dispatcher, which takes 5 us to come back to Python, 80 with cold caches."""
-    return type(x) is Tensor and x.is_cpu
 
 
 @functools.cache
@@ -208,35 +201,22 @@ def _check_index(is_right: bool) -> None:
 # ---- as torch ops ----
 
 
-def define_op(schema: str, *, plain: Callable, cpu: Callable, fake: Callable, autograd: Callable | None = None) -> None:
-    """Defines `torch.ops.scalemoe.<name>`; `plain` is for CUDA."""
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, cpu, "CPU")
-    _library.impl(name, plain, "CUDA")
-    torch.library.register_fake(f"scalemoe::{name}", fake, lib=_library)
-    if autograd is not None:
-        _library.impl(name, autograd, "Autograd")
-
-
-# Not `torch.library.custom_op`: with cold caches its layers of Python cost a quarter of a millisecond more for each call.
-_library = torch.library.Library("scalemoe", "FRAGMENT")
 define_op(
     "row_map(Tensor index, SymInt num_rows) -> (Tensor, Tensor)",
-    plain=plain_row_map,
+    cuda=plain_row_map,
     cpu=_cpu_row_map,
     fake=lambda index, num_rows: (torch.empty_like(index), index.new_empty(num_rows + 1)),
 )
 define_op(
     "gather_rows(Tensor x, Tensor index, Tensor order, Tensor offsets) -> Tensor",
-    plain=plain_gather_rows,
+    cuda=plain_gather_rows,
     cpu=_cpu_gather_rows,
     fake=lambda x, index, order, offsets: x.new_empty(index.shape[0], x.shape[1]),
     autograd=lambda x, *maps: _Permute.apply(x, RowMap(*maps)),
 )
 define_op(
     "sum_rows(Tensor x, Tensor index, Tensor order, Tensor offsets) -> Tensor",
-    plain=plain_sum_rows,
+    cuda=plain_sum_rows,
     cpu=_cpu_sum_rows,
     fake=lambda x, index, order, offsets: x.new_empty(offsets.shape[0] - 1, x.shape[1]),
     autograd=lambda x, *maps: _Unpermute.apply(x, RowMap(*maps)),

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.ops.permute import NO_SECOND_DERIVATIVE, define_op, native_library, on_plain_cpu
+from megatron_scalemoe.ops.define import define_op, on_plain_cpu, refuse_second_derivative
+from megatron_scalemoe.ops.permute import native_library
 
 
 def route(routing_map_TQ: Tensor, probs_TQ: Tensor, max_experts: int) -> tuple[Tensor, Tensor]:
@@ -36,7 +37,7 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _, grad_chosen):
-        assert not torch.is_grad_enabled(), NO_SECOND_DERIVATIVE
+        refuse_second_derivative()
         (experts,) = ctx.saved_tensors
         unroute = _cpu_unroute if on_plain_cpu(grad_chosen) else torch.ops.scalemoe.unroute
         return None, unroute(grad_chosen, experts, ctx.num_columns), None
@@ -109,7 +110,7 @@ def _check_most(most: int, max_experts: int) -> None:
 
 define_op(
     "route(Tensor routing_map, Tensor probs, SymInt max_experts) -> (Tensor, Tensor)",
-    plain=plain_route,
+    cuda=plain_route,
     cpu=_cpu_route,
     fake=lambda routing_map, probs, max_experts: (
         probs.new_empty((probs.shape[0], max_experts), dtype=torch.int32),
@@ -119,7 +120,7 @@ define_op(
 )
 define_op(
     "unroute(Tensor chosen, Tensor experts, SymInt num_columns) -> Tensor",
-    plain=plain_unroute,
+    cuda=plain_unroute,
     cpu=_cpu_unroute,
     fake=lambda chosen, experts, num_columns: chosen.new_empty(chosen.shape[0], num_columns),
 )

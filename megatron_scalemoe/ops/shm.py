@@ -23,9 +23,9 @@ from torch import Tensor
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops import native, pool
+from megatron_scalemoe.ops.permute import DTYPE_CODES
 
 OPS = ("no op", "gather_counts", "dispatch", "combine", "combine_backward", "dispatch_backward")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # What ranks compare at the barrier of an op, in the order of csrc/cpu/arena.h.
 COMPARED = ("op", "number of ops before", "state", "bytes of a row", "dtype", "bytes of a probability or count", "columns", "num_local")
 NO_MEMORY, NOT_MAPPED = 6, 7  # failures by which open_arena learns that there can be no shared memory
@@ -305,10 +305,10 @@ def _op(name: str, rows: Tensor, num_rows: int, experts_TK: Tensor, num_local: i
             f"{name} and experts must have two dimensions with at least one column, and num_local must be at least 1",
             found=f"{name} {tuple(rows.shape)}, experts {tuple(experts_TK.shape)}, num_local={num_local}",
         )
-    rows = _checked(name, rows, (num_rows, rows.shape[1]), tuple(DTYPES))
+    rows = _checked(name, rows, (num_rows, rows.shape[1]), tuple(DTYPE_CODES))
     experts_TK = _checked("experts", experts_TK, tuple(experts_TK.shape), (torch.int32,))
     op = _Op(experts=experts_TK.data_ptr(), tokens=len(experts_TK), columns=experts_TK.shape[1], num_local=num_local)
-    op.hidden, op.dtype, op.rows, op.threads = rows.shape[1], DTYPES[rows.dtype], num_rows, torch.get_num_threads()
+    op.hidden, op.dtype, op.rows, op.threads = rows.shape[1], DTYPE_CODES[rows.dtype], num_rows, torch.get_num_threads()
     if map is not None:
         map = _checked("map", map, (map.numel(),), (torch.int32,))
         op.map, op.map_ints = map.data_ptr(), map.numel()

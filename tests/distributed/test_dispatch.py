@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_scalemoe.dispatch.base import Dispatcher
 from megatron_scalemoe.dispatch.local import LocalDispatcher
 from megatron_scalemoe.dispatch.padded import PaddedDispatcher
 from megatron_scalemoe.dispatch.placed import LayerPlacement, PlacedDispatcher, gather_by_collective
@@ -290,15 +291,18 @@ def test_local(name):
         assert result["tokens"] == result["counts"]
 
 
-def too_many_experts() -> str:
-    """A dispatcher for top-1 that is given a token with two experts."""
-    dispatcher = RaggedDispatcher(dist.group.WORLD, num_experts=4, max_experts_per_token=1)
+def error_of_two_experts(dispatcher: Dispatcher) -> str:
+    """What a dispatcher for top-1 says of a token with two experts."""
     routing_map = torch.tensor([[True, True, False, False]])
     try:
         dispatcher.prepare(torch.zeros(1, 2), routing_map.float(), routing_map)
     except ScaleMoEError as error:
         return str(error)
     return ""
+
+
+def too_many_experts() -> str:
+    return error_of_two_experts(RaggedDispatcher(dist.group.WORLD, num_experts=4, max_experts_per_token=1))
 
 
 def test_an_expert_is_never_dropped_silently():

@@ -179,11 +179,16 @@ def open_on_cuda(asked: str, hidden: int, tokens: list[int]) -> tuple[str, objec
     return channel.name, opened, printed.getvalue()
 
 
-@pytest.mark.parametrize("asked", ["auto", "cuda"])
-def test_gpus_of_one_host(asked):
-    results = pool(2).run(open_on_cuda, asked, 8, [3, 5])
+def test_gpus_of_one_host():
+    results = pool(2).run(open_on_cuda, "cuda", 8, [3, 5])
     assert [result[:2] for result in results] == [("cuda", [Limits(5, 2, 16, None)])] * 2
     assert results[0][2] == " scalemoe: ranks 0-1 dispatch through CUDA kernels: they share a host\n"
+
+
+def test_nobody_gets_cuda_kernels_unasked():
+    results = pool(2).run(open_on_cuda, "auto", 8, [3, 5])
+    assert [result[:2] for result in results] == [("collective", [])] * 2
+    assert "by collectives: the CUDA kernels have not been tried on a GPU yet" in results[0][2]
 
 
 def test_gpus_with_rows_that_the_kernels_do_not_take():

@@ -29,7 +29,7 @@ def test_opcheck(number):
     x, probs = tokens()
     ops = torch.ops.scalemoe
     torch.library.opcheck(ops.dispatch.default, (number, x, EXPERTS, probs, NUM_LOCAL, 2))
-    rows, row_probs, _, map = ops.dispatch(number, x, EXPERTS, probs, NUM_LOCAL)
+    rows, row_probs, _, map = ops.dispatch(number, x, EXPERTS, probs, NUM_LOCAL, 1)
     rows = rows.detach().requires_grad_()
     torch.library.opcheck(ops.combine.default, (number, rows, map, EXPERTS, NUM_LOCAL))
     torch.library.opcheck(ops.combine_backward.default, (number, x.detach(), map, EXPERTS, NUM_LOCAL, rows.shape[0]))
