@@ -7,7 +7,7 @@ FROM ${BASE_IMAGE}
 
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
-# The patches in patches/megatron are for tags: another one needs patches of its own.
+# Or core_v0.19.0: the tags that patches/megatron has patches for.
 ARG MEGATRON_TAG=core_v0.16.1
 ARG MEGATRON_LM_URL=https://github.com/NVIDIA/Megatron-LM.git
 # The wheel has the data sets' helpers compiled, and tells us the version; the scripts come from the checkout.
@@ -22,12 +22,12 @@ RUN bash tools/apply_patches.sh --check /opt/Megatron-LM && bash tools/apply_pat
 # The architectures decide, not a GPU of the machine that builds: there need not be one.
 ARG TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0+PTX"
 COPY . .
-# The base image's constraints hold back the setuptools that builds the package. Its torch and numpy must stay. The last four are what
-# Megatron-LM's scripts import beside Megatron-Core.
+# The base image's constraints hold back the setuptools that builds the package. Its torch and numpy must stay. Latent attention and Mamba
+# layers import einops.
 # hadolint ignore=DL3013
 RUN torch_before="$(python -c 'import torch; print(torch.__version__)')" \
     && PIP_CONSTRAINT="" SCALEMOE_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST}" \
-        pip install --no-cache-dir ".[train,report]" six regex pydantic einops \
+        pip install --no-cache-dir ".[train,report,megatron-lm]" einops \
     && test "$(python -c 'import torch; print(torch.__version__)')" = "${torch_before}" \
     && useradd --create-home --uid 10001 scalemoe
 

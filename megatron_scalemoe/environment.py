@@ -10,9 +10,8 @@ from pathlib import Path
 
 from megatron_scalemoe.version import __version__
 
-# The tested range, as in pyproject.toml's `train` extra.
-MEGATRON_CORE_FROM = "0.16.1"
-MEGATRON_CORE_BELOW = "0.17"
+# The tested releases, each with its later patches, as in pyproject.toml's `train` extra. The first is for every supported Python.
+MEGATRON_CORE_RELEASES = ("0.16.1", "0.19.0")
 
 
 def installed_version(*distributions: str) -> str | None:
@@ -26,8 +25,9 @@ def installed_version(*distributions: str) -> str | None:
 
 
 def is_supported_megatron(version: str) -> bool:
-    """Whether a megatron-core version lies in the range that we test. A release candidate counts as its release."""
-    return _release(MEGATRON_CORE_FROM) <= _release(version) < _release(MEGATRON_CORE_BELOW)
+    """Whether a megatron-core version is of a release that we test, or a later patch of one. A release candidate counts as its release."""
+    found = _release(version)
+    return any(release[:2] == found[:2] and release <= found for release in map(_release, MEGATRON_CORE_RELEASES))
 
 
 def describe_environment(command: list[str]) -> dict[str, object]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_scalemoe.environment import MEGATRON_CORE_FROM
+from megatron_scalemoe.environment import MEGATRON_CORE_RELEASES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -31,8 +31,8 @@ def arguments() -> dict[str, str]:
     return dict(re.findall(r'^ARG (\w+)="?([^"\n]*)', INSTRUCTIONS, re.MULTILINE))
 
 
-def test_megatrons_tag_is_the_tested_version():
-    assert arguments()["MEGATRON_TAG"] == f"core_v{MEGATRON_CORE_FROM}"
+def test_megatrons_tag_is_a_tested_version():
+    assert arguments()["MEGATRON_TAG"] == f"core_v{MEGATRON_CORE_RELEASES[0]}"
 
 
 def test_architectures_are_a_list_that_setup_py_reads():

@@ -1,5 +1,6 @@
 """tools/apply_patches.sh and check_patches.sh, on a small stand-in for Megatron-LM's repository."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_apply(clone):
     assert apply(clone).stdout == "core_v1.2.3/0001-ours.patch applied\n"
     assert (clone / FILE).read_text() == BEFORE + ADDED + AFTER
     for flags in ((), ("--check",)):
-        assert apply(clone, *flags).stdout == "core_v1.2.3/0001-ours.patch is applied already\n"
+        assert apply(clone, *flags).stdout == "core_v1.2.3 is applied already\n"
 
 
 def test_apply_without_a_repository_inside_another_one(clone):
@@ -68,13 +69,20 @@ def test_other_files_are_refused(clone, flags):
     (clone / FILE).write_text("# new\n" + BEFORE + AFTER)
     result = apply(clone, *flags)
     assert result.returncode == 1
-    assert "is not the file of core_v1.2.3" in result.stderr and "megatron_scalemoe.launch" in result.stderr
+    assert "has the files of none of: core_v1.2.3" in result.stderr and "megatron_scalemoe.launch" in result.stderr
     assert (clone / FILE).read_text() == "# new\n" + BEFORE + AFTER
 
 
-def test_other_versions_are_refused(clone):
+def test_the_files_decide_not_the_version_in_them(clone):
     (clone / "megatron/core/package_info.py").write_text("MAJOR = 1\nMINOR = 9\nPATCH = 0\n")
-    assert "no patches for core_v1.9.0; there are: core_v1.2.3" in apply(clone).stderr
+    other = clone.parent / "patches/megatron/core_v0.0.1"
+    shutil.copytree(clone.parent / "patches/megatron/core_v1.2.3", other)
+    patch = other / "0001-ours.patch"
+    patch.write_text(re.sub("^index .*", f"index {'0' * 40}..{'1' * 40} 100644", patch.read_text(), flags=re.MULTILINE))
+    assert apply(clone).stdout == "core_v1.2.3/0001-ours.patch applied\n"
+
+
+def test_other_folders_are_refused(clone):
     (clone / "megatron/core/package_info.py").unlink()
     assert "is not a checkout of Megatron-LM" in apply(clone).stderr
 
@@ -89,3 +97,12 @@ def test_check_patches(clone):
     save_patch(clone, "-U0")
     result = run(*check, cwd=clone)
     assert result.returncode != 0 and "not Python" in result.stderr
+
+
+def test_check_patches_without_the_tag(clone):
+    check = ["bash", clone.parent / "tools/check_patches.sh", clone]
+    shutil.copytree(clone.parent / "patches/megatron/core_v1.2.3", clone.parent / "patches/megatron/core_v1.9.0")
+    result = run(*check, cwd=clone)
+    assert result.returncode == 0 and "core_v1.9.0: not proved" in result.stdout
+    assert run("git", "tag", "-d", "core_v1.2.3", cwd=clone).returncode == 0
+    assert run(*check, cwd=clone).returncode == 1

@@ -4,6 +4,7 @@ Each check is a small function that is also shown something bad, so that it is k
 """
 
 import ast
+import importlib.metadata
 import pkgutil
 import shutil
 import subprocess
@@ -11,9 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import megatron_scalemoe
-from megatron_scalemoe.environment import MEGATRON_CORE_BELOW, MEGATRON_CORE_FROM
+from megatron_scalemoe.environment import is_supported_megatron
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_scalemoe"
@@ -164,5 +166,7 @@ def test_an_unknown_public_name_is_an_attribute_error():
         _ = megatron_scalemoe.nonsense
 
 
-def test_the_supported_megatron_range_is_the_same_in_pyproject():
-    assert f'"megatron-core>={MEGATRON_CORE_FROM},<{MEGATRON_CORE_BELOW}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+def test_pip_installs_the_same_versions_of_megatron_core_as_are_supported():
+    wanted = next(found for found in map(Requirement, importlib.metadata.requires("megatron-scalemoe")) if found.name == "megatron-core")
+    for version in ("0.16.0", "0.16.1", "0.16.2", "0.17.0", "0.17.1", "0.18.0", "0.18.2", "0.19.0", "0.19.2", "0.20.0", "1.0.0"):
+        assert wanted.specifier.contains(version) == is_supported_megatron(version), version

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Applies our patches to a checkout of Megatron-LM, by the version in it: bash tools/apply_patches.sh [--check] CHECKOUT
-# --check changes nothing. Exit code 1: a file is neither as at the patch's tag nor patched; then nothing is changed either.
+# Applies our patches to a checkout of Megatron-LM, whichever tag's it is: bash tools/apply_patches.sh [--check] CHECKOUT
+# --check changes nothing. Exit code 1: the files are not those of a tag that has patches; then nothing is changed either.
 set -euo pipefail
 PATCHES=$(cd "$(dirname "${BASH_SOURCE[0]}")/../patches/megatron" && pwd)
 
@@ -9,53 +9,50 @@ fail() {
     exit 1
 }
 
-# Lines "FILE HASH_BEFORE HASH_AFTER" of the files that a patch changes.
+# Patches on stdin -> lines "FILE HASH_BEFORE HASH_AFTER" of the files that they change.
 files_of() {
-    awk '/^diff --git/ {file = substr($4, 3)} /^index/ {split($2, hash, "\\.\\."); print file, hash[1], hash[2]}' "$1"
+    awk '/^diff --git/ {file = substr($4, 3)} /^index/ {split($2, hash, "\\.\\."); print file, hash[1], hash[2]}'
 }
 
-# "new" or "applied" on stdout.
+# Of a tag: "new" or "applied" on stdout if every file that its patches change is as at the tag, or as patched.
 state_of() {
     local file before after now state=applied
     while read -r file before after; do
-        [[ -f "$checkout/$file" ]] || fail "$checkout/$file does not exist"
-        now=$(git hash-object --no-filters "$checkout/$file")
+        now=$(git hash-object --no-filters "$checkout/$file" 2>/dev/null) || return 1
         if [[ $now == "$before" ]]; then
             state=new
         elif [[ $now != "$after" ]]; then
-            fail "$checkout/$file is not the file of $tag: undo its changes, or use python -m megatron_scalemoe.launch, which needs no patch"
+            return 1
         fi
-    done < <(files_of "$1")
+    done < <(cat "$PATCHES/$1"/*.patch | files_of)
     echo "$state"
 }
 
-check=0
+check=
 if [[ ${1:-} == --check ]]; then
-    check=1
+    check=yes
     shift
 fi
 [[ $# == 1 && $1 != -* ]] || fail "usage: bash tools/apply_patches.sh [--check] CHECKOUT"
 [[ -f "$1/megatron/core/package_info.py" ]] || fail "$1 is not a checkout of Megatron-LM: no megatron/core/package_info.py"
 checkout=$(cd "$1" && pwd)
-version=$(awk '/^(MAJOR|MINOR|PATCH) = / {numbers = numbers "." $3} END {print substr(numbers, 2)}' "$checkout/megatron/core/package_info.py")
-tag=core_v$version
-[[ -d "$PATCHES/$tag" ]] || fail "no patches for $tag; there are: $(cd "$PATCHES" && echo core_*)"
 
-declare -A states
-for patch in "$PATCHES/$tag"/*.patch; do
-    states[$patch]=$(state_of "$patch")
+# By the files themselves: the version in a checkout is not always its tag's (core_v0.19.0 says 0.19.1).
+for folder in "$PATCHES"/core_v*; do
+    tag=$(basename "$folder")
+    state=$(state_of "$tag") && break
+    state=""
 done
+[[ -n $state ]] || fail "$checkout has the files of none of: $(cd "$PATCHES" && echo core_v*). Undo changes in them, take one of these tags, \
+or use python -m megatron_scalemoe.launch, which needs no patch"
+
+if [[ $state == applied ]]; then
+    echo "$tag is applied already"
+    exit
+fi
 for patch in "$PATCHES/$tag"/*.patch; do
-    name=$tag/$(basename "$patch")
-    if [[ ${states[$patch]} == applied ]]; then
-        echo "$name is applied already"
-    elif ((check)); then
-        # The ceiling: a checkout without .git must not be taken for a part of a repository around it.
-        (cd "$checkout" && GIT_CEILING_DIRECTORIES=$(dirname "$checkout") git apply --unidiff-zero --check "$patch")
-        echo "$name applies"
-    else
-        (cd "$checkout" && GIT_CEILING_DIRECTORIES=$(dirname "$checkout") git apply --unidiff-zero "$patch")
-        [[ $(state_of "$patch") == applied ]] || fail "$name: the result is not what was tested"
-        echo "$name applied"
-    fi
+    # The ceiling: a checkout without .git must not be taken for a part of a repository around it.
+    (cd "$checkout" && GIT_CEILING_DIRECTORIES=$(dirname "$checkout") git apply --unidiff-zero ${check:+--check} "$patch")
+    echo "$tag/$(basename "$patch") $([[ -n $check ]] && echo applies || echo applied)"
 done
+[[ -n $check || $(state_of "$tag") == applied ]] || fail "$tag: the result is not what was tested"

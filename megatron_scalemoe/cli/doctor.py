@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
-from megatron_scalemoe.environment import MEGATRON_CORE_BELOW, MEGATRON_CORE_FROM, installed_version, is_supported_megatron
+from megatron_scalemoe.environment import MEGATRON_CORE_RELEASES, installed_version, is_supported_megatron
 from megatron_scalemoe.files import check_output
 from megatron_scalemoe.ops import native
 from megatron_scalemoe.units import format_bytes
@@ -90,7 +90,7 @@ def needed_checks(facts: dict) -> list[dict]:
     """What training cannot do without: `[{name, found, ok, advice}]`."""
     versions, torch = facts["versions"], facts["torch"]
     megatron = versions["megatron_core"]
-    supported = f">= {MEGATRON_CORE_FROM}, < {MEGATRON_CORE_BELOW}"
+    supported = " and ".join(MEGATRON_CORE_RELEASES) + ", with their patches"
     backends = [name for name in ("gloo", "nccl") if torch[name]]
     return [
         _check("torch", versions["torch"], torch["error"] is None, f"{torch['error']}; {INSTALL}"),

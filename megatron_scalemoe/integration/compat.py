@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import megatron.core
 
-from megatron_scalemoe.environment import MEGATRON_CORE_BELOW, MEGATRON_CORE_FROM, is_supported_megatron
+from megatron_scalemoe.environment import MEGATRON_CORE_RELEASES, is_supported_megatron
 from megatron_scalemoe.errors import ScaleMoEError
 
 
@@ -13,8 +13,8 @@ def check_megatron_core() -> str:
     version = megatron.core.__version__
     if not is_supported_megatron(version):
         raise ScaleMoEError(
-            f"ScaleMoE replaces modules inside megatron-core and is tested with >={MEGATRON_CORE_FROM},<{MEGATRON_CORE_BELOW}",
+            f"ScaleMoE replaces modules inside megatron-core and is tested with {' and '.join(MEGATRON_CORE_RELEASES)}",
             found=f"megatron-core {version} in {next(iter(megatron.core.__path__))}",
-            try_=f"pip install megatron-core=={MEGATRON_CORE_FROM}, or Megatron-LM at its tag core_v{MEGATRON_CORE_FROM}",
+            try_=f"pip install megatron-core=={MEGATRON_CORE_RELEASES[0]}, or Megatron-LM at its tag core_v{MEGATRON_CORE_RELEASES[0]}",
         )
     return version

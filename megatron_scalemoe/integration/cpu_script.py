@@ -100,14 +100,18 @@ def _use_built_dataset_helpers() -> None:
 def _repair_layers() -> None:
     """What needs Transformer Engine in Megatron-LM's models, and has an equivalent here."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
-    from megatron.core.ssm import mamba_block
     from megatron.core.transformer import torch_norm
+
+    try:
+        from megatron.core.models.hybrid import hybrid_block
+    except ImportError:  # its name before 0.19
+        from megatron.core.ssm import mamba_block as hybrid_block
 
     from megatron_scalemoe.integration.norm import SequenceParallelNorm
 
     torch_norm.WrappedTorchNorm.__new__ = _norm_for_sequence_parallelism(torch_norm.WrappedTorchNorm.__new__, SequenceParallelNorm)
     if not HAVE_TE:
-        mamba_block.TENorm = torch_norm.WrappedTorchNorm  # the final norm of hybrid models
+        hybrid_block.TENorm = torch_norm.WrappedTorchNorm  # the final norm of hybrid models
 
 
 def _norm_for_sequence_parallelism(plain: Any, sequence_parallel: type) -> Any:
@@ -143,10 +147,12 @@ def _repair_optimizer() -> None:
 
 
 def _repair_training() -> None:
-    from megatron.legacy import fused_kernels
     from megatron.training import arguments, training
 
     arguments.get_device_arch_version = lambda: 10  # older ones must have CUDA_DEVICE_MAX_CONNECTIONS=1 for tensor parallelism
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-    training.set_jit_fusion_options = lambda: None  # nothing is compiled, so nothing has to warm up
-    fused_kernels.load = lambda args: None  # wants nvcc
+    training.set_jit_fusion_options = lambda **options: None  # nothing is compiled, so nothing has to warm up
+    if importlib.util.find_spec("megatron.legacy") is not None:  # gone in 0.19
+        from megatron.legacy import fused_kernels
+
+        fused_kernels.load = lambda args: None  # wants nvcc

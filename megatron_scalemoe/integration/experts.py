@@ -33,12 +33,12 @@ class ScaleMoEGroupedMLP(MegatronModule):
 
     home_experts: the logical expert in each of the L home slots; Megatron's own placement until a plan moves them, always in the order of
     the stacked weights. Checkpoints name experts by it. replicas: the copies of other ranks' experts that this rank computes, too, if any;
-    replica_time_s: how long it has waited for them.
+    replica_time_s: how long it has waited for them. name: Megatron's for this module, not used.
     fc1 [L, F1, D] and fc2 [L, D, F2] in `params_dtype`. F2 is this expert-tensor-parallel rank's part of the FFN size; F1 is the same, or
     twice that with a gated linear unit.
     """
 
-    def __init__(self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection):
+    def __init__(self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection, name: str | None = None):
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp

@@ -63,13 +63,18 @@ def live_layers(model_chunks: Iterable[torch.nn.Module]) -> tuple[list[LiveLayer
     layers = [module for chunk in unwrap_model(list(model_chunks)) for module in chunk.modules() if isinstance(module, ScaleMoELayer)]
     group = parallel_state.get_pipeline_model_parallel_group()
     of_stages: list[list[int]] = [[]] * group.size()
-    dist.all_gather_object(of_stages, [layer.layer_number for layer in layers], group=group)
+    dist.all_gather_object(of_stages, [_number_of(layer) for layer in layers], group=group)
     numbers = sorted(number for stage in of_stages for number in stage)
     if not numbers:
         raise ScaleMoEError("live balance needs a model with ScaleMoE's MoE layers", found="none", try_="use_scalemoe(block_spec, config)")
     assert len(set(numbers)) == len(numbers), numbers
-    in_order = sorted(layers, key=lambda layer: layer.layer_number)
-    return [LiveLayer(numbers.index(layer.layer_number), index, layer) for index, layer in enumerate(in_order)], numbers
+    in_order = sorted(layers, key=_number_of)
+    return [LiveLayer(numbers.index(_number_of(layer)), index, layer) for index, layer in enumerate(in_order)], numbers
+
+
+def _number_of(layer: ScaleMoELayer) -> int:
+    """From 1. Layers of multi-token prediction come last; since Megatron 0.19 they count from 1 again, as the layer says."""
+    return layer.layer_number + (layer.config.num_layers if getattr(layer, "is_mtp_layer", False) else 0)
 
 
 def return_gradients_before_reduction(model_chunks: Iterable[torch.nn.Module], layers: Iterable[LiveLayer]) -> None:

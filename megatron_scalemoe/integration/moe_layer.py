@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -13,7 +15,11 @@ from megatron_scalemoe.integration.token_dispatcher import ScaleMoETokenDispatch
 
 
 class ScaleMoELayer(MoELayer):
-    """`MoELayer` whose token dispatcher is ours. Same parameters, same checkpoint keys, same outputs to rounding."""
+    """`MoELayer` whose token dispatcher is ours. Same parameters, same checkpoint keys, same outputs to rounding.
+
+    default_groups: process groups for a Megatron whose transformer layer gives an MoE layer none (before 0.18). options: what a newer one
+    gives besides.
+    """
 
     def __init__(
         self,
@@ -23,8 +29,10 @@ class ScaleMoELayer(MoELayer):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         scalemoe: ScaleMoEConfig,
+        default_groups: ProcessGroupCollection | None = None,
+        **options: Any,
     ):
         check_supported(config, scalemoe)
-        pg_collection = pg_collection or get_default_pg_collection()
-        super().__init__(config, submodules, layer_number, pg_collection)
+        pg_collection = pg_collection or default_groups or get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection, **options)
         self.token_dispatcher = ScaleMoETokenDispatcher(scalemoe, self.config, pg_collection)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
@@ -17,8 +19,10 @@ class ScaleMoERouter(TopKRouter):
     """Routes exactly as `TopKRouter`. `tokens_per_expert` (int64 [E], on the device) counts this rank's training tokens from the start;
     recomputed forwards and evaluation are not counted."""
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, *, scalemoe: ScaleMoEConfig):
-        super().__init__(config=config, pg_collection=pg_collection)
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, *, scalemoe: ScaleMoEConfig, **options: Any
+    ):
+        super().__init__(config=config, pg_collection=pg_collection, **options)
         self.force_skew = scalemoe.force_skew
         counts = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=torch.cuda.current_device())
         self.register_buffer("tokens_per_expert", counts, persistent=False)

@@ -22,7 +22,7 @@ def check_script(args: argparse.Namespace, scalemoe: ScaleMoEConfig) -> None:
 def _problems(args: argparse.Namespace, scalemoe: ScaleMoEConfig) -> Iterator[str]:
     if args.num_experts is None:
         yield "--num-experts is not set: there is no MoE layer to speed up"
-    if args.use_legacy_models:
+    if getattr(args, "use_legacy_models", False):
         yield "--use-legacy-models: Megatron-Core's models have the MoE layers"
     if args.use_megatron_fsdp or args.use_torch_fsdp2:
         yield "--use-megatron-fsdp and --use-torch-fsdp2: use --use-distributed-optimizer"

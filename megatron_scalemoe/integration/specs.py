@@ -8,7 +8,7 @@ import functools
 import logging
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -33,33 +33,38 @@ def use_scalemoe(
     check_megatron_core()
     replaced = copy.deepcopy(block_spec)
     layers = replaced.layer_specs if isinstance(replaced, TransformerBlockSubmodules) else [replaced]
-    moe_specs = [spec for layer in layers for spec in (layer, getattr(layer.submodules, "mlp", None)) if is_moe(spec)]
-    if not moe_specs and isinstance(replaced, ModuleSpec):
+    of_layers = [layer.submodules for layer in layers if is_moe(getattr(layer.submodules, "mlp", None))]
+    if not of_layers and isinstance(replaced, ModuleSpec):
         raise ScaleMoEError(
             "use_scalemoe needs a layer spec whose mlp is megatron's MoELayer",
             found=f"{replaced.module.__name__} without one",
             try_="build the spec with num_experts set",
         )
-    for spec in moe_specs:
-        _replace(spec, config, pg_collection)
+    for submodules in of_layers:
+        submodules.mlp = _ours(submodules.mlp, config, pg_collection)
     _quiet_unknown_mlp_warning()
     return replaced
 
 
 def is_moe(spec: object) -> bool:
-    """Whether this is the spec of Megatron's MoE layer, which `use_scalemoe` replaces."""
-    return isinstance(spec, ModuleSpec) and spec.module is MoELayer
+    """Whether this builds Megatron's MoE layer, which `use_scalemoe` replaces: a `ModuleSpec`, or a `functools.partial` since Megatron 0.18."""
+    return getattr(spec, "module", None) is MoELayer or (isinstance(spec, functools.partial) and spec.func is MoELayer)
 
 
-def _replace(spec: ModuleSpec, config: ScaleMoEConfig, pg_collection: ProcessGroupCollection | None) -> None:
-    spec.module = ScaleMoELayer
-    spec.params = {**spec.params, "scalemoe": config}
-    if pg_collection is not None:
-        spec.params["pg_collection"] = pg_collection
-    if spec.submodules.router is TopKRouter:
-        spec.submodules = dataclasses.replace(spec.submodules, router=functools.partial(ScaleMoERouter, scalemoe=config))
-    if config.grouped_experts:
-        spec.submodules = dataclasses.replace(spec.submodules, experts=ModuleSpec(module=ScaleMoEGroupedMLP))
+def _ours(spec: ModuleSpec | functools.partial, config: ScaleMoEConfig, pg_collection: ProcessGroupCollection | None) -> object:
+    options = {"scalemoe": config, "default_groups": pg_collection}
+    if isinstance(spec, functools.partial):
+        submodules = _our_submodules(spec.keywords["submodules"], config)
+        return functools.partial(ScaleMoELayer, *spec.args, **{**spec.keywords, "submodules": submodules, **options})
+    return dataclasses.replace(
+        spec, module=ScaleMoELayer, submodules=_our_submodules(spec.submodules, config), params={**spec.params, **options}
+    )
+
+
+def _our_submodules(submodules: MoESubmodules, config: ScaleMoEConfig) -> MoESubmodules:
+    if submodules.router is TopKRouter:
+        submodules = dataclasses.replace(submodules, router=functools.partial(ScaleMoERouter, scalemoe=config))
+    return dataclasses.replace(submodules, experts=ScaleMoEGroupedMLP) if config.grouped_experts else submodules
 
 
 def _quiet_unknown_mlp_warning() -> None:

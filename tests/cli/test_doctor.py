@@ -84,7 +84,7 @@ def test_the_reason_for_not_using_gpus_is_exact(changes, reason):
 
 @pytest.mark.parametrize("version", [None, "0.15.3", "0.16.0", "0.17.0"])
 def test_megatron_outside_the_range_is_named(version):
-    assert "supported: >= 0.16.1, < 0.17" in failing(machine(megatron_core=version))["megatron-core"]
+    assert "supported: 0.16.1 and 0.19.0" in failing(machine(megatron_core=version))["megatron-core"]
 
 
 def test_missing_psutil_is_said_to_hang_the_checkpoint():

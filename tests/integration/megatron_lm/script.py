@@ -39,7 +39,8 @@ MOCK_DATA = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size",
 _LINE = re.compile(r" iteration +(\d+)/.* lm loss: (\S+) \|")
 # what changes from run to run: clocks, durations, addresses
 _CHANGING = re.compile(
-    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+|(?<=\(ms\): )[\d.]+|(?<=\(seconds\): )[\d.]+|(?<=ation time: )[\d.]+|: \([\d., ]+\)$|0x\w+",
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+|^W\d{4} [\d:.]+ \d+|"
+    r"(?<=\(ms\): )[\d.]+|(?<=\(seconds\): )[\d.]+|(?<=ation time: )[\d.]+|: \([\d., ]+\)$|0x\w+",
     re.MULTILINE,
 )
 
@@ -107,18 +108,17 @@ def differences(one: Run, other: Run, first: int = 1) -> list[float]:
 
 
 def make_text_data(folder: Path) -> tuple[str, ...]:
-    """Flags for a data set of real text, the standard library's sources, made by Megatron's own tool with a byte-level BPE tokenizer."""
+    """Flags for a data set of real text, the standard library's sources, made by Megatron's own tool with a SentencePiece tokenizer."""
+    import sentencepiece
+
     folder.mkdir()
     sources = sorted(Path(os.__file__).parent.glob("*.py"))[:40]
     lines = [json.dumps({"text": source.read_text(encoding="utf-8", errors="replace")}) for source in sources]
     (folder / "text.jsonl").write_text("\n".join(lines))
-    # GPT-2's names of the 256 bytes: printable ones stand for themselves, others for characters from U+0100 on
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    names = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate([*names, "<|endoftext|>"])}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = ["--legacy-tokenizer", "--tokenizer-type", "GPT2BPETokenizer"]
-    tokenizer += ["--vocab-file", str(folder / "vocab.json"), "--merge-file", str(folder / "merges.txt")]
+    sentencepiece.SentencePieceTrainer.train(
+        input=[str(source) for source in sources], model_prefix=str(folder / "tokenizer"), vocab_size=500, minloglevel=2
+    )
+    tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(folder / "tokenizer.model")]
     command = [sys.executable, "-m", "megatron_scalemoe.launch", f"{CHECKOUT}/tools/preprocess_data.py", *tokenizer]
     command += ["--input", str(folder / "text.jsonl"), "--output-prefix", str(folder / "text"), "--append-eod", "--workers", "1"]
     made = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)

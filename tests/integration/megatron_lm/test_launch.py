@@ -30,9 +30,7 @@ def test_without_our_flag_the_log_is_identical():
 
 
 def test_the_patched_script_has_our_flag_without_the_launcher(tmp_path):
-    for part in ("megatron", "pretrain_gpt.py", "gpt_builders.py", "model_provider.py"):
-        copy = shutil.copytree if (Path(CHECKOUT) / part).is_dir() else shutil.copy
-        copy(Path(CHECKOUT) / part, tmp_path / part)
+    shutil.copytree(CHECKOUT, tmp_path, ignore=lambda folder, names: {".git", "tests", "examples"} & set(names), dirs_exist_ok=True)
     subprocess.run(["bash", ROOT / "tools/apply_patches.sh", tmp_path], check=True, timeout=60)
     patched = {"program": WITHOUT_US, "checkout": str(tmp_path)}
     ours = run(2, *FEW, *OURS, "--scalemoe-table-interval", 4, **patched)
@@ -42,19 +40,22 @@ def test_the_patched_script_has_our_flag_without_the_launcher(tmp_path):
 
 
 def test_every_patch_fits_its_tag():
-    if not (Path(CHECKOUT) / ".git").exists():
-        pytest.skip("MEGATRON_LM_PATH is no clone: it has no tags")
+    tag = subprocess.run(["git", "-C", CHECKOUT, "describe", "--tags", "--exact-match"], capture_output=True, text=True).stdout.strip()
+    if not tag:
+        pytest.skip("MEGATRON_LM_PATH is no clone of a tag")
     done = subprocess.run(["bash", ROOT / "tools/check_patches.sh", CHECKOUT], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "core_v0.16.1: proved" in done.stdout
+    assert f"{tag}: proved" in done.stdout
 
 
-def test_the_command_in_the_docs():
-    command = re.search(r"```bash\n(torchrun .*?)```", (ROOT / "docs/megatron-lm.md").read_text(), re.DOTALL)[1]
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=SECONDS, cwd="/")
+@pytest.mark.parametrize(("page", "iterations"), [("docs/megatron-lm.md", 10), ("README.md", 200)])
+def test_the_command_in_the_docs(page, iterations):
+    command = re.search(r"^torchrun --standalone .*?(?=```)", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)[0]
+    command = command.replace("../Megatron-LM", CHECKOUT)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=SECONDS, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "iteration       10/      10" in done.stdout
-    assert "scalemoe: MoE layers until iteration 10" in done.stdout
+    assert f"iteration {iterations:8}/{iterations:8}" in done.stdout
+    assert f"scalemoe: MoE layers until iteration {iterations}" in done.stdout
 
 
 def test_a_rank_that_dies_is_named(tmp_path):
@@ -78,6 +79,12 @@ sys.exit(launch.main())
 
 
 def test_help_lists_our_flags():
+    try:
+        run(1, "--help", program=WITHOUT_US)
+    except AssertionError as error:
+        if "ValueError: unsupported format character" in str(error):
+            pytest.skip("Megatron-LM's own --help fails at this tag: a % in a help text")
+        raise
     log = run(1, "--help").log
     assert "--moe-dispatcher {scalemoe,stock}" in log
     assert "--scalemoe-replicas" in log
