@@ -47,7 +47,7 @@ def use_scalemoe(
 
 
 def is_moe(spec: object) -> bool:
-    """Whether this builds Megatron's MoE layer, which `use_scalemoe` replaces: a `ModuleSpec`, or a `functools.partial` since Megatron 0.18."""
+    """Whether this builds Megatron's MoE layer, which `use_scalemoe` replaces: a `ModuleSpec`, or, since Megatron 0.18, a partial."""
     return getattr(spec, "module", None) is MoELayer or (isinstance(spec, functools.partial) and spec.func is MoELayer)
 
 

@@ -37,10 +37,10 @@ MODEL = shlex.split("""
 """)
 MOCK_DATA = ("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "511")
 _LINE = re.compile(r" iteration +(\d+)/.* lm loss: (\S+) \|")
-# what changes from run to run: clocks, durations, addresses
+# what changes from run to run: clocks, durations, addresses; the version has the commit where there is a .git
 _CHANGING = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+|^W\d{4} [\d:.]+ \d+|"
-    r"(?<=\(ms\): )[\d.]+|(?<=\(seconds\): )[\d.]+|(?<=ation time: )[\d.]+|: \([\d., ]+\)$|0x\w+",
+    r"(?<=\(ms\): )[\d.]+|(?<=\(seconds\): )[\d.]+|(?<=ation time: )[\d.]+|(?<=Core version \.{10} )\S+|: \([\d., ]+\)$|0x\w+",
     re.MULTILINE,
 )
 

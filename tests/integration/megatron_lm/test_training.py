@@ -43,7 +43,9 @@ def test_loss_is_stocks(layout, data, text_data):
     [("ep 2", ("--scalemoe-experts", "grouped")), ("ep 2", ("--scalemoe-plan", "PLAN")), (OVERLAP, ("--scalemoe-plan", "PLAN"))],
 )
 def test_other_experts_and_a_plan(layout, options, text_data, tmp_path):
+    """At a lower learning rate: replicas add gradients in another order, and at 3e-3 a last bit may send a token elsewhere by step 35."""
     ranks, flags = LAYOUTS[layout]
+    flags = (*flags, "--lr", 1e-3, "--min-lr", 1e-4)
     options = [save_some_plan(tmp_path) if option == "PLAN" else option for option in options]
     ours = run(ranks, *flags, *OURS, *options, data=text_data)
     assert max(differences(stock(ranks, *flags, data=text_data), ours)) < TOLERANCE
