@@ -15,7 +15,7 @@ cpu_ranks.install()
 from megatron.core import parallel_state  # noqa: E402 - cpu_ranks must come first
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer.spec_utils import build_module  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_scalemoe.integration.specs import use_scalemoe  # noqa: E402
@@ -90,7 +90,8 @@ def make_layer(case: LayerCase, kind: str):
     if kind == "scalemoe":
         spec = use_scalemoe(spec, case.scalemoe)
     initialize(case.tp, case.ep, case.expert_tp)
-    layer = build_module(spec.submodules.mlp, config=config).to(case.dtype)
+    mlp = spec.submodules.mlp
+    layer = (build_module(mlp, config=config) if isinstance(mlp, ModuleSpec) else mlp(config=config)).to(case.dtype)
     layer.set_layer_number(1)
     with torch.no_grad():  # make the routing skewed: early experts get larger logits
         bias = -case.skew * torch.arange(1, case.experts + 1, dtype=torch.float32).log()

@@ -118,13 +118,19 @@ def test_without_our_flag_the_layer_is_megatrons():
 
 def use_scalemoe_leaves_the_spec_alone() -> tuple[bool, str, str]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.spec_utils import ModuleSpec
 
     from megatron_scalemoe import use_scalemoe
 
+    def parts(mlp) -> tuple:
+        return (mlp.module, mlp.submodules) if isinstance(mlp, ModuleSpec) else (mlp.func, mlp.keywords["submodules"])
+
     spec = get_gpt_layer_local_spec(num_experts=4)
-    before = dataclasses.replace(spec.submodules.mlp)
-    ours = use_scalemoe(spec, ScaleMoEConfig())
-    return before == spec.submodules.mlp, spec.submodules.mlp.module.__name__, ours.submodules.mlp.module.__name__
+    layer, submodules = parts(spec.submodules.mlp)
+    before = dataclasses.replace(submodules)
+    ours, our_submodules = parts(use_scalemoe(spec, ScaleMoEConfig(experts="grouped")).submodules.mlp)
+    unchanged = parts(spec.submodules.mlp) == (layer, before) and our_submodules != before
+    return unchanged, layer.__name__, ours.__name__
 
 
 def test_use_scalemoe_copies():
