@@ -54,6 +54,9 @@ def test_apply(clone):
     assert (clone / FILE).read_text() == BEFORE + ADDED + AFTER
     for flags in ((), ("--check",)):
         assert apply(clone, *flags).stdout == "core_v1.2.3 is applied already\n"
+    taken_back = run("git", "apply", "--unidiff-zero", "-R", clone.parent / "patches/megatron/core_v1.2.3/0001-ours.patch", cwd=clone)
+    assert taken_back.returncode == 0, taken_back.stderr
+    assert (clone / FILE).read_text() == BEFORE + AFTER
 
 
 def test_apply_without_a_repository_inside_another_one(clone):

@@ -1,4 +1,4 @@
-"""The scripts of examples/gpt_moe and bert_moe: help and mistakes, and one short run of them all. The venv is a stand-in, without pip."""
+"""The examples' scripts and the quickstart: help and mistakes, and one short run of them all. The venv is a stand-in, without pip."""
 
 import json
 import os
@@ -128,6 +128,21 @@ def test_a_folder_of_something_else_is_not_replaced(checkout):
     assert result.returncode == 1
     assert "is no folder of a stage" in result.stderr
     assert theirs.exists()
+
+
+def test_the_quickstart(checkout):
+    command = ["bash", "tools/quickstart.sh", *TINY, "--train-iters", "4", "--compare-iters", "1"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "Trained 4 iterations on 2 ranks with --moe-dispatcher scalemoe" in result.stdout
+    table = result.stdout[result.stdout.index("max difference") :]
+    assert all(dispatcher in table for dispatcher in ("stock alltoall", "stock allgather", "padded", "scalemoe"))
+    [folder] = (checkout / "runs").iterdir()
+    assert (folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "4"
+    wrong = subprocess.run(["bash", "tools/quickstart.sh", "--no-such-flag"], cwd=checkout, capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("unrecognized arguments: --no-such-flag") == 1
 
 
 def losses_of(folder: Path) -> dict[int, float]:
