@@ -64,12 +64,13 @@ def find_damage(path: Path) -> str | None:
         return f"{path / 'metadata.json'} is not JSON"
     if config.get("sharded_backend") != "torch_dist":
         return f"{path} has the format {config.get('sharded_backend')}, not torch_dist"
-    if not zipfile.is_zipfile(path / "common.pt"):
-        return f"{path / 'common.pt'} is missing or truncated"
     try:
         stored = FileSystemReader(path).read_metadata().storage_data
     except Exception as error:  # unpickling a damaged file can raise anything
         return f"{path / '.metadata'} cannot be read: {type(error).__name__}"
+    in_a_file = not any(index.fqn.startswith("common_state") for index in stored)  # Megatron-Core 0.19 has it among the tensors
+    if in_a_file and not zipfile.is_zipfile(path / "common.pt"):
+        return f"{path / 'common.pt'} is missing or truncated"
     for info in stored.values():
         file, needed = path / info.relative_path, info.offset + info.length
         if not file.exists():

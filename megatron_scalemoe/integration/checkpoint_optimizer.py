@@ -140,7 +140,8 @@ def _regroup(part: Any, saved: Any) -> list[dict]:
 
 
 def _identity(group: dict, **changes: bool) -> tuple:
-    return tuple({**group, **changes}[key] for key in param_group_identifier_keys)
+    """What tells this group from others. Megatron-Core 0.19 names keys, too, that only groups with overridden values have."""
+    return tuple({**group, **changes}.get(key) for key in param_group_identifier_keys)
 
 
 def _with_stored_key(value: Any, index: int, available: set[str]) -> Any:

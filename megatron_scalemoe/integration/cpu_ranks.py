@@ -1,4 +1,4 @@
-"""Megatron-Core on CPU ranks: stand-ins for the part of `torch.cuda` that Megatron-Core 0.16 calls, for gloo without a GPU.
+"""Megatron-Core on CPU ranks: stand-ins for the part of `torch.cuda` that Megatron-Core calls, for gloo without a GPU.
 
 `install()` is the only way in and is called by choice (`--device cpu`, tests); importing this module changes nothing. It must run before
 `megatron.core` is imported, because Megatron binds some `torch.cuda` names at import; it then imports `megatron.core` itself and repairs
@@ -148,8 +148,11 @@ def _repair_megatron() -> None:
     clip_grads.l2_norm_impl = _l2_norm
     # The checkpoint writer forks, which can deadlock below gloo's threads and is forbidden in daemonic workers, and it reports through the
     # queue of a spawned process, which imports the user's script again. A CPU has no copy to overlap with: write here and now.
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_process)
-    filesystem_async._get_write_results_queue = functools.cache(queue.Queue)
+    if hasattr(filesystem_async, "get_write_results_queue"):  # 0.19 writes in threads
+        filesystem_async.get_write_results_queue = functools.cache(lambda mp_mode="spawn": queue.Queue())
+    else:
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_process)
+        filesystem_async._get_write_results_queue = functools.cache(queue.Queue)
 
 
 def _splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
