@@ -30,6 +30,7 @@ def test_without_our_flag_the_log_is_identical():
 
 
 def test_the_patched_script_has_our_flag_without_the_launcher(tmp_path):
+    """pretrain_gpt.py in a copy of the checkout."""
     shutil.copytree(CHECKOUT, tmp_path, ignore=lambda folder, names: {".git", "tests", "examples"} & set(names), dirs_exist_ok=True)
     subprocess.run(["bash", ROOT / "tools/apply_patches.sh", tmp_path], check=True, timeout=60)
     patched = {"program": WITHOUT_US, "checkout": str(tmp_path)}
