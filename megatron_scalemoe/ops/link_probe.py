@@ -57,7 +57,8 @@ def probe_pairs(sizes: list[int], *, iters: int, warmup: int) -> dict:
     time_us_GGS = torch.zeros(ranks, ranks, len(sizes), dtype=torch.float64)
     for (source, destination), (of_answer, *samples) in round_us.items():
         if rank == source:
-            times = [_lower_quartile(of_size) - min(of_answer) / 2 for of_size in samples]
+            fastest = min(of_answer)  # no message is faster than the answer; with few rounds on a busy machine it can look so
+            times = [max(_lower_quartile(of_size), fastest) - fastest / 2 for of_size in samples]
             time_us_GGS[source, destination] = torch.tensor(times, dtype=torch.float64)
     node_G = torch.zeros(ranks, dtype=torch.float64)
     node_G[rank] = int(os.environ.get("GROUP_RANK", 0))  # the number of torchrun's agent, one per node

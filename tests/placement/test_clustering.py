@@ -100,6 +100,7 @@ def test_deduplication_gains_more_than_balance_alone(topk):
 
 
 def test_256_experts_on_64_ranks_take_a_blink():
+    """0.04 to 0.07 s of CPU time, by the machine's mood; something quadratic would take seconds."""
     trace = synthesize("clustered", ranks=64, experts=256, layers=1, topk=8, steps=1, tokens_per_rank=512, seed=0)
     problem = LayerProblem(traffic=trace.layer(0), ports=two_level_ports(8, 8), cost=CostModel())
     seconds = []
@@ -107,7 +108,7 @@ def test_256_experts_on_64_ranks_take_a_blink():
         start = time.process_time()
         clustered(problem, seed)
         seconds.append(time.process_time() - start)
-    assert min(seconds) < 0.06
+    assert min(seconds) < 0.3
 
 
 def test_a_deadline_in_the_past_still_gives_a_valid_placement():

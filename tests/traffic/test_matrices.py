@@ -210,7 +210,7 @@ def test_factor_is_fast_enough_for_solvers():
     share_EX = np.eye(64)[rng.integers(64, size=256)]
     seconds = []
     for _ in range(20):
-        start = time.perf_counter()
+        start = time.process_time()
         distinct_factor(share_EX, traffic)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 2e-3

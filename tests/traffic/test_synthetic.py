@@ -198,7 +198,7 @@ def test_parameters_out_of_range_are_named(parameters, message):
 
 
 def test_a_large_model_takes_seconds():
-    start = time.perf_counter()
+    start = time.process_time()
     trace = synthesize(ranks=64, experts=256, layers=58, topk=8, steps=2)
     assert trace.coactivation is not None
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 15

