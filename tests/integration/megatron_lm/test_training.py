@@ -60,9 +60,9 @@ def test_multi_token_prediction_layers_are_ours():
 
 
 def test_replans_and_placed_sequences(text_data):
-    """Without auxiliary loss and dropout, which depend on which sequences meet on a rank."""
+    """Without auxiliary loss and dropout, which depend on which sequences meet on a rank; learning rate as above."""
     ranks, flags = EP2
-    flags = (*flags, "--moe-aux-loss-coeff", 0, "--hidden-dropout", 0, "--attention-dropout", 0)
+    flags = (*flags, "--lr", 1e-3, "--min-lr", 1e-4, "--moe-aux-loss-coeff", 0, "--hidden-dropout", 0, "--attention-dropout", 0)
     live = ("--scalemoe-replicas", 2, "--scalemoe-migrate", "--scalemoe-replan-interval", 5, "--scalemoe-trace-interval", 5)
     ours = run(ranks, *flags, *OURS, *live, "--scalemoe-sequence-placement", "affinity", "--num-workers", 1, data=text_data)
     assert max(differences(stock(ranks, *flags, data=text_data), ours)) < TOLERANCE
