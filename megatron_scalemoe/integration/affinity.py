@@ -53,6 +53,10 @@ class AffinityLearner:
         self._learning = iteration % self.interval == 0
         self._samples = iter(()) if sample_ids is None else iter(sample_ids)
 
+    def skip_pass(self) -> None:
+        """Learn nothing until the next `start_step`: what follows repeats what was seen."""
+        self._learning, self._samples = False, iter(())
+
     def set_plan(self, plan: PlacementPlan) -> None:
         """The plan in force, for `measured_share`."""
         rank = parallel_state.get_expert_model_parallel_rank()

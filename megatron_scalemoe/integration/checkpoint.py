@@ -2,7 +2,8 @@
 
 What `save_checkpoint` writes is what Megatron-Core 0.16's training script writes (`torch_dist`, expert tensors by logical expert), so
 stock Megatron loads it, and `load_checkpoint` loads what stock Megatron wrote. Both are collective: every rank calls them with the same
-arguments. The distributed optimizer is saved in the `fully_reshardable` format, which does not depend on the layout of ranks.
+arguments. The distributed optimizer is saved in the `fully_reshardable` format, which does not depend on the layout of ranks. Checksums of
+all parameters and optimizer state are saved with them, and compared when they have been loaded.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.integration import checkpoint_files, checkpoint_optimizer, checkpoint_rng
+from megatron_scalemoe.integration import checkpoint_checksums, checkpoint_files, checkpoint_layout, checkpoint_optimizer, checkpoint_rng
+from megatron_scalemoe.integration.checkpoint_checksums import CHECKSUMS_KEY
 
-_RESERVED = ("checkpoint_version", "iteration", "optimizer", "opt_param_scheduler", "rng_state", "content_metadata")
+_RESERVED = ("checkpoint_version", "iteration", "optimizer", "opt_param_scheduler", "rng_state", "content_metadata", CHECKSUMS_KEY)
 _OPTIMIZER_PARTS = "optimizer_parts"  # beside the checkpoint's own nesting of the optimizer, which depends on its expert-parallel size
 
 
@@ -68,8 +71,11 @@ def save_checkpoint(
     """
     check_checkpoint_support(optimizer)
     _check_extra(extra or {})
+    _gather_weights(model_chunks)
     metadata = _save_metadata(optimizer)
-    state = {"checkpoint_version": 3.0, "iteration": iteration, **(extra or {}), **_model_state(model_chunks, metadata)}
+    model_state = _model_state(model_chunks, metadata)
+    state = {"checkpoint_version": 3.0, "iteration": iteration, **(extra or {}), **model_state}
+    state[CHECKSUMS_KEY] = checkpoint_checksums.state_checksums(model_state.values(), optimizer)
     if optimizer is not None:
         checkpoint_optimizer.prepare_optimizer_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, metadata=metadata)
@@ -97,12 +103,16 @@ def load_checkpoint(
     """Load the latest checkpoint of `directory`, or that of `iteration` (`--ckpt-step`), into a model of any TP, PP, EP and DP size.
 
     With `weights_only` the optimizer, scheduler and generators stay as they are, but for the optimizer's copy of the weights. Raises
-    `ScaleMoEError`, naming file and iteration, if there is no such checkpoint, a file is missing or damaged, or it does not fit the model.
+    `ScaleMoEError`, naming file and iteration, if there is no such checkpoint, a file is missing or damaged, it does not fit the model, or
+    what was loaded is not what was saved.
     """
     iteration, path = _on_first_rank(checkpoint_files.find_checkpoint, Path(directory), iteration)
     with _as_user_error(f"cannot load the checkpoint of iteration {iteration}, {path}"):
         common = serialization.load_common_state_dict(str(path))
         metadata = {**(common.get("content_metadata") or {}), "dp_cp_group": _data_parallel_group()}
+        if optimizer is not None and not weights_only and checkpoint_optimizer.is_distributed(optimizer):
+            reads = checkpoint_layout.expert_order(model_chunks)
+            checkpoint_layout.check_optimizer_layout(path, metadata.get("distrib_optim_sharding_type"), common.get("args"), reads)
         stored = serialization.load_sharded_metadata(str(path))
         wanted = _wanted_state(model_chunks, None if weights_only else optimizer, metadata, stored)
         state, unused, absent = serialization.load(wanted, str(path), strict=StrictHandling.RETURN_ALL)
@@ -114,6 +124,9 @@ def load_checkpoint(
         elif optimizer is not None:
             parts = state.get(_OPTIMIZER_PARTS, {})
             checkpoint_optimizer.load_optimizer_state(optimizer, parts, common.get("optimizer"), metadata)
+        if CHECKSUMS_KEY in common:
+            model_state = _model_state(model_chunks, metadata)
+            checkpoint_checksums.check_state(path, common[CHECKSUMS_KEY], model_state.values(), None if weights_only else optimizer)
         if scheduler is not None and not weights_only:
             scheduler.load_state_dict(common["opt_param_scheduler"])
     rng_restored = "rng_state" in wanted and checkpoint_rng.restore_rng_state(state["rng_state"])
@@ -145,6 +158,13 @@ def _check_fit(path: Path, stored: dict[str, ShardedBase], unused: set[str], abs
         if keys:
             found = f"{', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
             raise ScaleMoEError(f"{path} {problem}", found=found, try_="the model flags that it was saved with")
+
+
+def _gather_weights(model_chunks: list) -> None:
+    """What the distributed optimizer has written on other ranks, where gathering it waits for the next forward."""
+    for chunk in model_chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _model_state(model_chunks: list, metadata: dict) -> dict[str, Any]:

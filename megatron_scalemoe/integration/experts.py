@@ -42,8 +42,7 @@ class ScaleMoEGroupedMLP(MegatronModule):
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
-        first = self.ep_group.rank() * num_local_experts
-        self.home_experts = tuple(range(first, first + num_local_experts))
+        self.home_experts = self._megatrons_homes()
         self.replicas: LayerReplicas | None = None
         self.replica_time_s = 0.0
         weights = [_initial_weights(config, self.tp_group) for _ in range(num_local_experts)]
@@ -51,6 +50,15 @@ class ScaleMoEGroupedMLP(MegatronModule):
         for parameter, tp_axis, stride in ((self.fc1, 1, _fc1_parts(config)), (self.fc2, 2, 1)):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=tp_axis, stride=stride)
             parameter.allreduce = config.expert_model_parallel_size == 1  # False: gradients are averaged over expert-data-parallel ranks
+
+    def _megatrons_homes(self) -> tuple[int, ...]:
+        first = self.ep_group.rank() * self.num_local_experts
+        return tuple(range(first, first + self.num_local_experts))
+
+    @property
+    def in_megatrons_places(self) -> bool:
+        """Whether every expert is in the slot that Megatron gives it."""
+        return self.home_experts == self._megatrons_homes()
 
     def set_replicas(self, slots_P: np.ndarray | None) -> None:
         """Compute the replicas that this rank has in these slots (int [P], of one layer), or none. All ranks call it together."""

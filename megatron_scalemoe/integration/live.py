@@ -24,7 +24,7 @@ from megatron_scalemoe.integration import live_plans
 from megatron_scalemoe.integration.calibrate import group_ports, measured_cost
 from megatron_scalemoe.integration.expert_state import check_migration_support
 from megatron_scalemoe.integration.live_figures import StepFigures
-from megatron_scalemoe.integration.live_layers import live_layers, return_gradients_before_reduction, send_replicas_ahead
+from megatron_scalemoe.integration.live_layers import live_layers, return_gradients_before_reduction, send_replicas_ahead, watch_passes
 from megatron_scalemoe.integration.live_log import event_text
 from megatron_scalemoe.integration.live_sequences import LiveSequences
 from megatron_scalemoe.integration.migration import migrate_homes
@@ -71,6 +71,7 @@ class LiveBalance:
         self._ranks_and_experts = config.expert_model_parallel_size, config.num_moe_experts
         self._planner: BackgroundPlanner | None = None
         self._asked = 0
+        self._iteration: int | None = None
         self._unpaid_us = self._saving_us = 0.0
         self._recorded: RoutingTrace | None = None
         self.events: list[dict] = []
@@ -96,6 +97,8 @@ class LiveBalance:
             options = {"by_history": scalemoe.sequence_placement == "history", "micro_batches": micro_batches}
             options["micro_batch_size"] = micro_batch_size
             self.sequences = LiveSequences(model_chunks, self.layers, config, self._whole_plan(), **options)
+        self._pass_begun = False
+        watch_passes(model_chunks[0], optimizer, self._begin_pass, self._stepped)
 
     @property
     def _rows(self) -> list[int]:
@@ -129,19 +132,38 @@ class LiveBalance:
             live.apply(plan, self._ports.node_of_rank)
         return True
 
-    def step_done(self, iteration: int) -> None:
-        """Call on every rank after every optimizer step, with the number of the iteration that it ended."""
-        began = time.perf_counter()
+    def _begin_pass(self) -> None:
+        """The gradients are 0: all micro-batches of a step come now, or come again if there was no optimizer step since the last time."""
+        for live in self.layers:
+            live.layer.count_tokens(not self._pass_begun)
+            if live.replicas is not None:
+                live.replicas.drop_gradients()
+        if self._pass_begun and self.sequences is not None:
+            self.sequences.skip_pass()
+        self._pass_begun = True
+
+    def _stepped(self) -> None:
+        """The optimizer has changed the parameters."""
+        self._pass_begun = False
+        self._renew_replicas()
+
+    def _renew_replicas(self) -> None:
         for live in self.layers:
             if live.replicas is not None:
                 live.replicas.renew()
+
+    def step_done(self, iteration: int) -> None:
+        """Call on every rank after every optimizer step, with the number of the iteration that it ended. Numbers may be left out."""
+        began = time.perf_counter()
+        before = iteration - 1 if self._iteration is None else self._iteration
+        self._iteration = iteration
         self._figures.end_step()
         self._recorder.end_step()
-        if self._interval and iteration % self._scalemoe.trace_interval == 0:
+        if self._interval and _is_due(self._scalemoe.trace_interval, before, iteration):
             self._recorder.mark(iteration)
         if self._asked and _is_power_of_two(iteration - self._asked):
             self._take_plan(iteration)
-        if self._interval and iteration % self._interval == 0:
+        if self._interval and _is_due(self._interval, before, iteration):
             self._end_interval(iteration)
         if self.sequences is not None:
             self.sequences.start_step(iteration + 1)
@@ -168,9 +190,8 @@ class LiveBalance:
 
     def resume(self, checkpoint: Path) -> None:
         """Call after loading this checkpoint: goes on with the plan that was in force when it was saved, if it fits. Collective."""
-        for live in self.layers:
-            if live.replicas is not None:
-                live.replicas.renew()
+        self._iteration = None
+        self._renew_replicas()
         if not self._places:
             return
         plan, problem = live_plans.plan_beside(checkpoint / PLAN_FILE, self._num_rows, self._ranks_and_experts, self._scalemoe.replicas)
@@ -272,6 +293,11 @@ class LiveBalance:
         self.events.append(event)
         if self._leads:
             self._say(event_text(event))
+
+
+def _is_due(interval: int, before: int, now: int) -> bool:
+    """Whether a multiple of `interval` lies in (before, now]: Megatron can skip the very iteration."""
+    return now // interval > before // interval
 
 
 def _is_power_of_two(number: int) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -91,6 +92,27 @@ def return_gradients_before_reduction(model_chunks: Iterable[torch.nn.Module], l
             bucket_group.start_grad_sync = _after_replicas(bucket_group.start_grad_sync, inside)
             left -= set(inside)
     assert not left, "every expert parameter is in a bucket"
+
+
+def watch_passes(model_chunk: torch.nn.Module, optimizer, begin: Callable[[], None], stepped: Callable[[], None]) -> None:
+    """Calls `begin` when the gradients of a step are set to 0, before its first micro-batch, and `stepped` after each `optimizer.step()`.
+
+    Megatron repeats all micro-batches of a step whose result it doubts, and drops a step without `optimizer.step()`: only these two calls
+    tell. A model that DistributedDataParallel does not wrap has no gradient buffer, and is taken never to repeat a step.
+    """
+    if isinstance(model_chunk, DistributedDataParallel):
+        model_chunk.zero_grad_buffer = _followed_by(model_chunk.zero_grad_buffer, begin)
+    optimizer.step = _followed_by(optimizer.step, stepped)
+
+
+def _followed_by(function: Callable, after: Callable[[], None]) -> Callable:
+    @functools.wraps(function)
+    def both(*args, **options):
+        result = function(*args, **options)
+        after()
+        return result
+
+    return both
 
 
 def send_replicas_ahead(layers: list[LiveLayer]) -> None:

@@ -61,6 +61,10 @@ class LiveSequences:
         self._iteration = iteration
         self._learner.start_step(iteration)
 
+    def skip_pass(self) -> None:
+        """Call before the forward passes of a step are repeated: their tokens have been seen."""
+        self._learner.skip_pass()
+
     def place(self, tokens_NS: np.ndarray, ids_N: np.ndarray) -> np.ndarray:
         """As `SequencePlacement.place`. To be called once before each training step, not ahead: the ids are those of the step's choices."""
         placed = self.placement.place(tokens_NS, ids_N)

@@ -7,7 +7,7 @@ the flags are parsed and ask for us, these names of Megatron are replaced in thi
     training.setup_model_and_optimizer      live balance starts when model and optimizer are there, and goes on with a checkpoint's plan
     training.build_train_valid_test_data_loaders    sequence placement, if asked for
     training.train_step, training_log       counts, replans, metrics
-    training.save_checkpoint                the plan goes beside the checkpoint
+    training.save_checkpoint, load_checkpoint, ...    see `megatron_checkpoints`
     training.train                          ranks that die are named; the end
 
 With `--moe-dispatcher stock`, or without it, nothing is replaced and the arguments are as if we did not exist.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_model_config
 
 from megatron_scalemoe.config import ScaleMoEConfig
+from megatron_scalemoe.integration import hooks, megatron_checkpoints
 from megatron_scalemoe.integration.arguments import add_scalemoe_args, scalemoe_config_from_args
 from megatron_scalemoe.integration.compat import check_megatron_core
 from megatron_scalemoe.integration.faults import naming_dead_ranks
@@ -74,10 +74,8 @@ def attach(scalemoe: ScaleMoEConfig) -> TrainingSession:
 
     session = TrainingSession(scalemoe)
     TransformerLayer.__init__ = _building_our_layers(TransformerLayer.__init__, scalemoe)
-    for wrapper in (_setup_model_and_optimizer, _build_train_valid_test_data_loaders, _train_step, _training_log, _save_checkpoint, _train):
-        name = wrapper.__name__[1:]
-        original = getattr(training, name)
-        setattr(training, name, functools.wraps(original)(functools.partial(wrapper, session, original)))
+    hooks.attach(training, (_setup_model_and_optimizer, _build_train_valid_test_data_loaders, _train_step, _training_log, _train), session)
+    megatron_checkpoints.attach(session)
     return session
 
 
@@ -116,7 +114,7 @@ def _train_step(session: TrainingSession, original: Callable, *args: Any, **opti
     result = original(*args, **options)
     _, _, _, should_exit, *_ = result
     if not should_exit:  # else no optimizer step was made
-        session.step_done(_argument(original, "iteration", args, options) + 1)
+        session.step_done(hooks.argument(original, "iteration", args, options) + 1)
     return result
 
 
@@ -124,18 +122,8 @@ def _training_log(session: TrainingSession, original: Callable, *args: Any, **op
     from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
     result = original(*args, **options)
-    session.report(get_args(), _argument(original, "iteration", args, options), get_tensorboard_writer(), get_wandb_writer())
+    session.report(get_args(), hooks.argument(original, "iteration", args, options), get_tensorboard_writer(), get_wandb_writer())
     return result
-
-
-def _save_checkpoint(session: TrainingSession, original: Callable, *args: Any, **options: Any) -> None:
-    from megatron.training import get_args
-    from megatron.training.checkpointing import get_checkpoint_name
-
-    original(*args, **options)
-    if not _argument(original, "non_persistent_ckpt", args, options):
-        iteration = _argument(original, "iteration", args, options)
-        session.save_beside(Path(get_checkpoint_name(get_args().save, iteration, return_base_dir=True)))
 
 
 def _train(session: TrainingSession, original: Callable, *args: Any, **options: Any) -> Any:
@@ -149,10 +137,3 @@ def _train(session: TrainingSession, original: Callable, *args: Any, **options: 
             raise
         session.close()
     return result
-
-
-def _argument(function: Callable, name: str, args: tuple, options: dict) -> Any:
-    """What `function(*args, **options)` gets as `name`."""
-    bound = inspect.signature(function).bind(*args, **options)
-    bound.apply_defaults()
-    return bound.arguments[name]

@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scalemoe.config import ScaleMoEConfig
+from megatron_scalemoe.integration.router import ScaleMoERouter
 from megatron_scalemoe.integration.support import check_supported
 from megatron_scalemoe.integration.token_dispatcher import ScaleMoETokenDispatcher
 
@@ -36,3 +37,9 @@ class ScaleMoELayer(MoELayer):
         pg_collection = pg_collection or default_groups or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, **options)
         self.token_dispatcher = ScaleMoETokenDispatcher(scalemoe, self.config, pg_collection)
+
+    def count_tokens(self, on: bool) -> None:
+        """Whether router and dispatcher count what training passes through them from now on; they do by default."""
+        self.token_dispatcher.counting = on
+        if isinstance(self.router, ScaleMoERouter):  # else the user's own, which counts nothing
+            self.router.counting = on

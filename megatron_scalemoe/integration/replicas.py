@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.permute import row_map, sum_rows
 from megatron_scalemoe.ops.ragged import Splits, naming_failure
 from megatron_scalemoe.plan import EMPTY
@@ -27,9 +26,8 @@ from megatron_scalemoe.plan import EMPTY
 class LayerReplicas:
     """Owns the copies that this rank holds of other ranks' experts under one layer's slots (int [P]), and their gradients.
 
-    The copies are valid from `weights` until `return_gradients`; then `renew` must come, once the optimizer has changed the parameters. All
-    ranks of `group` call each method together. `count_time` is told how many seconds this rank waited for parameters or gradients, on the
-    host's clock.
+    The copies are valid until `renew`, which must come when the optimizer has changed the parameters. All ranks of `group` call each method
+    together. `count_time` is told how many seconds this rank waited for parameters or gradients, on the host's clock.
     """
 
     def __init__(
@@ -57,18 +55,16 @@ class LayerReplicas:
         self._pending: tuple[Tensor, dist.Work] | None = None
         self._weights: tuple[Tensor, Tensor] | None = None
         self._gradients: tuple[Tensor, Tensor] | None = None
-        self._used = self._spent = False
+        self._used = False
 
     def start(self) -> None:
-        """Begin to send the parameters, unless the copies are valid, on their way, or the step is over."""
-        if self._weights is None and self._pending is None and not self._spent:
+        """Begin to send the parameters, unless the copies are valid or on their way."""
+        if self._weights is None and self._pending is None:
             rows_ND = torch.cat([parameter.detach().flatten(1).index_select(0, self._sent_N) for parameter in self.parameters], 1)
             self._pending = self._exchange(rows_ND, self._splits, async_op=True)
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """The copies: fc1 [R, F1, D] and fc2 [R, D, F2], without gradient. Raises `ScaleMoEError` where `renew` was forgotten."""
-        if self._spent:
-            raise ScaleMoEError("LiveBalance.step_done must be called after every optimizer step", found="a forward without it")
+        """The copies: fc1 [R, F1, D] and fc2 [R, D, F2], without gradient."""
         began = time.perf_counter()
         self.start()
         if self._weights is None:
@@ -96,7 +92,7 @@ class LayerReplicas:
                 total += gradient
 
     def return_gradients(self) -> None:
-        """Add what the replicas have collected to the homes' main gradients, once per optimizer step. Ends the copies' use."""
+        """Add what the replicas have collected to the homes' main gradients, once per pass over the step's micro-batches."""
         if not self._used:
             return
         began = time.perf_counter()
@@ -107,16 +103,19 @@ class LayerReplicas:
         sums_LD = sum_rows(returned_ND, row_map(self._sent_N, self.parameters[0].shape[0]))
         for parameter, total in zip(self.parameters, self._split_columns(sums_LD), strict=True):
             _main_grad(parameter).add_(total.view_as(parameter))
-        self._gradients = self._weights = None
-        self._used, self._spent = False, True
+        self.drop_gradients()
         self._count_time(time.perf_counter() - began)
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients collected so far, as when the main gradients are set to 0. The copies stay valid."""
+        self._gradients, self._used = None, False
 
     def renew(self) -> None:
         """The parameters have changed: send them anew before the next use."""
         if self._pending is not None:
             self._pending[1].wait()
-        self._pending = self._weights = self._gradients = None
-        self._used = self._spent = False
+        self._pending = self._weights = None
+        self.drop_gradients()
 
     def _exchange(self, rows: Tensor, splits: Splits, *, async_op: bool) -> tuple[Tensor, dist.Work | None]:
         received = rows.new_empty(sum(splits.output), rows.shape[1])

@@ -17,13 +17,14 @@ from megatron_scalemoe.routing.stats import add_counts, zipf_logits
 
 class ScaleMoERouter(TopKRouter):
     """Routes exactly as `TopKRouter`. `tokens_per_expert` (int64 [E], on the device) counts this rank's training tokens from the start;
-    recomputed forwards and evaluation are not counted."""
+    recomputed forwards and evaluation are not counted, nor what is routed while `counting` is off."""
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, *, scalemoe: ScaleMoEConfig, **options: Any
     ):
         super().__init__(config=config, pg_collection=pg_collection, **options)
         self.force_skew = scalemoe.force_skew
+        self.counting = True
         counts = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=torch.cuda.current_device())
         self.register_buffer("tokens_per_expert", counts, persistent=False)
 
@@ -34,7 +35,7 @@ class ScaleMoERouter(TopKRouter):
                 logits = zipf_logits(logits, self.force_skew)
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
         # with activation recomputation the first forward runs without gradients: count only the second
-        if self.training and torch.is_grad_enabled():
+        if self.counting and self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 add_counts(self.tokens_per_expert, routing_map)
         return probs, routing_map

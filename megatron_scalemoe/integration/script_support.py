@@ -33,6 +33,8 @@ def _problems(args: argparse.Namespace, scalemoe: ScaleMoEConfig) -> Iterator[st
     if scalemoe.grouped_experts:
         if args.ckpt_format != "torch_dist" and (args.save or args.load):
             yield f"--ckpt-format {args.ckpt_format} does not know where experts are: use torch_dist"
+        if args.non_persistent_ckpt_type == "local":
+            yield "--non-persistent-ckpt-type local keeps each rank's flat buffers, in an order that changes with the plan: use global"
         if args.moe_use_upcycling:
             yield "--moe-use-upcycling: convert the dense checkpoint with --moe-dispatcher stock first"
 

@@ -77,7 +77,7 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
     first). The transport is opened in the first step of all.
 
     dispatcher: None before that. rows_computed: rows that this rank's experts got in training so far. rows_reported: the same at the last
-    `metrics.mean_rank_load`. traffic: what else training counted.
+    `metrics.mean_rank_load`. traffic: what else training counted. counting: off while a step is repeated.
     """
 
     def __init__(self, scalemoe: ScaleMoEConfig, config: TransformerConfig, pg_collection: ProcessGroupCollection):
@@ -90,6 +90,7 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
         self._outdated = True
         self.rows_computed = self.rows_reported = 0
         self.traffic = TrafficCounts()
+        self.counting = True
         self._hidden_shape = self._flight = self._metadata = None
 
     def set_placement(self, placement: LayerPlacement | None) -> None:
@@ -113,7 +114,7 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
         flight = dataclasses.replace(self._flight, x=hidden_states, probs=probs)
         self._flight = None  # frees the received rows
         rows, tokens_per_expert, row_probs, self._metadata = self.dispatcher.expand(flight)
-        if torch.is_grad_enabled():  # not in evaluation, and once with recomputation
+        if self.counting and torch.is_grad_enabled():  # not in evaluation, and once with recomputation
             num_rows = tokens_per_expert.sum()
             self.rows_computed = self.rows_computed + num_rows
             selections = self._hidden_shape[:-1].numel() * self.config.moe_router_topk

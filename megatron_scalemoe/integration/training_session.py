@@ -35,10 +35,17 @@ class TrainingSession:
         self._events_written = 0
 
     def check(self, args: argparse.Namespace) -> None:
-        """Before the model is built. Raises `ScaleMoEError` if flags do not go together, or differ between ranks."""
+        """Before the model is built. Raises `ScaleMoEError` if flags do not go together, or differ between ranks.
+
+        Turns `args.dist_ckpt_optim_fully_reshardable` on where Megatron's default would save experts in an order that only we can read.
+        """
         settings = {name: value for name, value in vars(args).items() if name not in _OF_ONE_RANK}
         check_ranks_agree(settings | {"scalemoe": self._scalemoe})
         check_script(args, self._scalemoe)
+        if self._scalemoe.grouped_experts and args.use_distributed_optimizer and args.save and not args.dist_ckpt_optim_fully_reshardable:
+            args.dist_ckpt_optim_fully_reshardable = True
+            if dist.get_rank() == 0:
+                _say("scalemoe: saving with --dist-ckpt-optim-fully-reshardable, as grouped experts lie in another order than Megatron's")
 
     def start(self, args: argparse.Namespace, model: list[torch.nn.Module], optimizer: Any, config: TransformerConfig, micro_batches: int):
         """When model and optimizer are built, and loaded. Raises `ScaleMoEError` if the plan, topology or model do not fit this job."""

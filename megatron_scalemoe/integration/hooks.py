@@ -1,0 +1,24 @@
+"""Putting functions of ours in front of functions of Megatron's, in this process."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+
+def attach(module: ModuleType, wrappers: Iterable[Callable], owner: Any) -> None:
+    """Each name in `module` that a wrapper has with `_` before it becomes `wrapper(owner, original, *args, **options)`."""
+    for wrapper in wrappers:
+        name = wrapper.__name__[1:]
+        original = getattr(module, name)
+        setattr(module, name, functools.wraps(original)(functools.partial(wrapper, owner, original)))
+
+
+def argument(function: Callable, name: str, args: tuple, options: dict) -> Any:
+    """What `function(*args, **options)` gets as `name`."""
+    bound = inspect.signature(function).bind(*args, **options)
+    bound.apply_defaults()
+    return bound.arguments[name]

@@ -1,0 +1,100 @@
+"""What ScaleMoE does when Megatron-LM's training program saves and loads a checkpoint. The functions that it puts something in front of:
+
+training.save_checkpoint               the plan goes beside the checkpoint
+checkpointing.generate_state_dict      checksums of parameters and optimizer state go into it
+training.load_checkpoint               afterwards: is in memory what was saved?
+checkpointing._load_base_checkpoint    before tensors are read: is the optimizer state in an order that this run can read?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+
+from megatron_scalemoe.integration import hooks
+from megatron_scalemoe.integration.checkpoint_checksums import CHECKSUMS_KEY, check_state, state_checksums
+from megatron_scalemoe.integration.checkpoint_layout import ExpertOrder, check_optimizer_layout, expert_order
+from megatron_scalemoe.integration.training_session import TrainingSession
+
+
+class _Loading:
+    """One call of `load_checkpoint`, between its beginning and end. reads: the order of this run's experts; None while nothing is loaded.
+    path, state: of the checkpoint, without its tensors."""
+
+    def __init__(self) -> None:
+        self.reads: ExpertOrder | None = None
+        self.path, self.state = Path(), {}
+
+
+def attach(session: TrainingSession) -> None:
+    """Put our functions in front of Megatron's, for the training that starts next in this process."""
+    from megatron.training import checkpointing, training
+
+    loading = _Loading()
+    hooks.attach(training, (_save_checkpoint,), session)
+    hooks.attach(training, (_load_checkpoint,), loading)
+    hooks.attach(checkpointing, (_generate_state_dict, _load_base_checkpoint), loading)
+
+
+def _save_checkpoint(session: TrainingSession, original: Callable, *args: Any, **options: Any) -> None:
+    from megatron.training import get_args
+    from megatron.training.checkpointing import get_checkpoint_name
+
+    original(*args, **options)
+    if not hooks.argument(original, "non_persistent_ckpt", args, options):
+        iteration = hooks.argument(original, "iteration", args, options)
+        session.save_beside(Path(get_checkpoint_name(get_args().save, iteration, return_base_dir=True)))
+
+
+def _generate_state_dict(loading: _Loading, original: Callable, *args: Any, **options: Any) -> dict:
+    state = original(*args, **options)
+    training_args, model, optimizer, iteration = (
+        hooks.argument(original, n, args, options) for n in ("args", "model", "optimizer", "iteration")
+    )
+    if iteration is not None and training_args.ckpt_format == "torch_dist":  # without an iteration, it is what shall be loaded
+        state[CHECKSUMS_KEY] = state_checksums(_model_states(state, model), None if training_args.no_save_optim else optimizer)
+    return state
+
+
+def _load_checkpoint(loading: _Loading, original: Callable, *args: Any, **options: Any) -> Any:
+    from megatron.training import get_args
+
+    model, optimizer = (hooks.argument(original, name, args, options) for name in ("ddp_model", "optimizer"))
+    loading.reads, loading.state = expert_order(model), {}
+    result = original(*args, **options)
+    if CHECKSUMS_KEY in loading.state:
+        metadata = {**loading.state["content_metadata"], "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        states = [chunk.sharded_state_dict(metadata=metadata) for chunk in unwrap_model(model)]
+        loaded = optimizer if _loads_optimizer(get_args(), loading.state) else None
+        compared = check_state(loading.path, loading.state[CHECKSUMS_KEY], states, loaded)
+        if dist.get_rank() == 0:
+            print(f"scalemoe: {compared} tensors of {loading.path} are in memory as they were saved", flush=True)
+    loading.reads, loading.state = None, {}
+    return result
+
+
+def _load_base_checkpoint(loading: _Loading, original: Callable, *args: Any, **options: Any) -> tuple:
+    result = original(*args, **options)
+    state, name, release, _ = result
+    first = hooks.argument(original, "rank0", args, options)  # the plain part only, so that the caller can say which tensors it wants
+    if first and loading.reads is not None and state and not release:
+        loading.path, loading.state = Path(name), state
+        training_args = hooks.argument(original, "args", args, options)
+        if training_args.use_distributed_optimizer and _loads_optimizer(training_args, state):
+            sharding_type = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+            check_optimizer_layout(loading.path, sharding_type, state.get("args"), loading.reads)
+    return result
+
+
+def _loads_optimizer(args: Any, state: dict) -> bool:
+    """As Megatron decides it; a checkpoint without optimizer state says so in its arguments."""
+    return not (args.finetune or args.no_load_optim or getattr(state.get("args"), "no_save_optim", False))
+
+
+def _model_states(state: dict, model: list) -> list[dict]:
+    return [state["model" if len(model) == 1 else f"model{index}"] for index in range(len(model))]
