@@ -9,6 +9,7 @@ from a checkpoint would start its loaders, and so draw numbers, where the run th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -34,12 +35,19 @@ def install() -> None:
     Raises `ScaleMoEError` as `cpu_ranks.install` does.
     """
     cpu_ranks.install()
+    atexit.register(_leave_process_groups)
     _stand_in_for_device()
     _stand_in_for_triton()
     _use_built_dataset_helpers()
     _repair_layers()
     _repair_optimizer()
     _repair_training()
+
+
+def _leave_process_groups() -> None:
+    """Megatron leaves them to the end of the process, where gloo's threads may still run: then the process aborts after all is done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _stand_in_for_device() -> None:

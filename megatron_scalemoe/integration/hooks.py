@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 
-def attach(module: ModuleType, wrappers: Iterable[Callable], owner: Any) -> None:
-    """Each name in `module` that a wrapper has with `_` before it becomes `wrapper(owner, original, *args, **options)`."""
-    for wrapper in wrappers:
-        name = wrapper.__name__[1:]
+def attach(module: ModuleType, owner: Any, **wrappers: Callable) -> None:
+    """Each of these names in `module` becomes `wrapper(owner, original, *args, **options)`."""
+    for name, wrapper in wrappers.items():
         original = getattr(module, name)
         setattr(module, name, functools.wraps(original)(functools.partial(wrapper, owner, original)))
 

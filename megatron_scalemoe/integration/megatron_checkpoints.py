@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
+from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.integration import hooks
 from megatron_scalemoe.integration.checkpoint_checksums import CHECKSUMS_KEY, check_state, state_checksums
 from megatron_scalemoe.integration.checkpoint_layout import ExpertOrder, check_optimizer_layout, expert_order
@@ -36,9 +37,9 @@ def attach(session: TrainingSession) -> None:
     from megatron.training import checkpointing, training
 
     loading = _Loading()
-    hooks.attach(training, (_save_checkpoint,), session)
-    hooks.attach(training, (_load_checkpoint,), loading)
-    hooks.attach(checkpointing, (_generate_state_dict, _load_base_checkpoint), loading)
+    hooks.attach(training, session, save_checkpoint=_save_checkpoint)
+    hooks.attach(training, loading, load_checkpoint=_load_checkpoint)
+    hooks.attach(checkpointing, loading, generate_state_dict=_generate_state_dict, _load_base_checkpoint=_load_base_checkpoint)
 
 
 def _save_checkpoint(session: TrainingSession, original: Callable, *args: Any, **options: Any) -> None:
@@ -85,10 +86,50 @@ def _load_base_checkpoint(loading: _Loading, original: Callable, *args: Any, **o
     if first and loading.reads is not None and state and not release:
         loading.path, loading.state = Path(name), state
         training_args = hooks.argument(original, "args", args, options)
+        _check_sizes(loading.path, training_args, state)
         if training_args.use_distributed_optimizer and _loads_optimizer(training_args, state):
             sharding_type = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
             check_optimizer_layout(loading.path, sharding_type, state.get("args"), loading.reads)
     return result
+
+
+def _check_sizes(path: Path, args: Any, state: dict) -> None:
+    """Raises `ScaleMoEError` where Megatron would fail over a key that the checkpoint of another number of ranks does not have."""
+    saved = state.get("args")
+    if saved is None:
+        return
+    before, now = saved.expert_model_parallel_size, args.expert_model_parallel_size
+    problems, flags = [], []
+    if _loads_optimizer(args, state):
+        if (before > 1) != (now > 1):  # one optimizer, or one for the experts beside it
+            problems.append("Megatron cannot read its optimizer state where expert parallelism begins or ends")
+            flags.append("--no-load-optim")
+        elif before != now and (state.get("content_metadata") or {}).get("distrib_optim_sharding_type") == "dp_reshardable":
+            problems.append(
+                "dp_reshardable optimizer state is bound to one expert-parallel size: save with --dist-ckpt-optim-fully-reshardable"
+            )
+            flags.append("--no-load-optim")
+    if _loads_rng(args, saved) and _rng_layout(saved) != _rng_layout(args):
+        problems.append("it has the random number generators of other ranks")
+        flags.append("--no-load-rng")
+    if problems:
+        raise ScaleMoEError(
+            f"{path} was saved with --expert-model-parallel-size {before} and {saved.data_parallel_size} data-parallel ranks",
+            found=f"{now} and {args.data_parallel_size}, and " + "; ".join(problems),
+            try_=" ".join(flags),
+        )
+
+
+def _loads_rng(args: Any, saved: Any) -> bool:
+    same = all(
+        getattr(saved, f"{axis}_model_parallel_size") == getattr(args, f"{axis}_model_parallel_size") for axis in ("tensor", "pipeline")
+    )
+    return same and not (args.finetune or args.no_load_rng or saved.no_save_rng)
+
+
+def _rng_layout(args: Any) -> int | None:
+    """How Megatron numbers the generators' states: by data-parallel rank only with expert parallelism."""
+    return args.data_parallel_size * args.context_parallel_size if args.expert_model_parallel_size > 1 else None
 
 
 def _loads_optimizer(args: Any, state: dict) -> bool:

@@ -74,7 +74,15 @@ def attach(scalemoe: ScaleMoEConfig) -> TrainingSession:
 
     session = TrainingSession(scalemoe)
     TransformerLayer.__init__ = _building_our_layers(TransformerLayer.__init__, scalemoe)
-    hooks.attach(training, (_setup_model_and_optimizer, _build_train_valid_test_data_loaders, _train_step, _training_log, _train), session)
+    hooks.attach(
+        training,
+        session,
+        setup_model_and_optimizer=_setup_model_and_optimizer,
+        build_train_valid_test_data_loaders=_build_train_valid_test_data_loaders,
+        train_step=_train_step,
+        training_log=_training_log,
+        train=_train,
+    )
     megatron_checkpoints.attach(session)
     return session
 

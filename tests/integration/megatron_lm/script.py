@@ -128,8 +128,10 @@ def make_text_data(folder: Path) -> tuple[str, ...]:
     return (*tokenizer, *data)
 
 
-def save_some_plan(folder: Path) -> Path:
-    """A plan for the test model on two expert-parallel ranks, in which experts have moved and two of them have replicas."""
-    slots = [7, 2, 5, 0, 1, 1, 3, 4, 6, 7]
-    save_plan(PlacementPlan(np.array([slots, slots]), 2, 8), folder / "plan.json", force=True)
-    return folder / "plan.json"
+def save_some_plan(folder: Path, ranks: int = 2) -> Path:
+    """A plan for the test model on so many expert-parallel ranks, in which experts have moved and some of them have replicas."""
+    homes_GL = np.array([7, 2, 5, 0, 1, 3, 4, 6]).reshape(ranks, -1)
+    slots = np.concatenate([homes_GL, np.roll(homes_GL[:, :1], -1, axis=0)], axis=1).reshape(-1)
+    path = folder / f"plan_for_{ranks}.json"
+    save_plan(PlacementPlan(np.stack([slots, slots]), ranks, 8), path, force=True)
+    return path
