@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 from tests.integration.tiny_gpt import Setup, Training  # first: it installs the CPU ranks
 
@@ -151,6 +152,56 @@ def interrupted(directory: Path) -> dict:
     save(training, directory)
     _, latest = load(directory, Setup(ep=2))
     return dict(message=message, kept=kept.iteration, latest=latest.iteration, files=sorted(path.name for path in directory.iterdir()))
+
+
+def refused_load(directory: Path, options: dict) -> str:
+    return refusal(lambda: load(directory, Setup(**options)))
+
+
+def planted(directory: Path, options: dict) -> dict[str, str]:
+    """What is said about state that is not what was saved: exchanged on its way into memory, or in the files."""
+    training = Training(Setup(**options))
+    for _ in range(2):
+        training.losses(1)
+        save(training, directory)
+    messages = {}
+    for mistake in (_swap_moments, _swap_main_parameters):
+        with mock.patch.object(checkpoint.checkpoint_optimizer, "load_optimizer_state", _followed_by(mistake)):
+            messages[mistake.__name__] = refusal(lambda: load(directory, Setup(**options)))
+    shards = sorted(file.name for file in (directory / "iter_0000002").glob("__*.distcp"))
+    _on_first_rank(lambda: shutil.copy(directory / "iter_0000001" / shards[-1], directory / "iter_0000002" / shards[-1]))
+    messages["shard of another iteration"] = refusal(lambda: load(directory, Setup(**options)))
+    return messages
+
+
+def _followed_by(mistake: Callable[[object], None]) -> Callable:
+    genuine = checkpoint.checkpoint_optimizer.load_optimizer_state
+
+    def load_wrongly(optimizer, *args):
+        genuine(optimizer, *args)
+        mistake(optimizer)
+
+    return load_wrongly
+
+
+def _swap_moments(optimizer) -> None:
+    """Of two experts, or of two weights of the same size."""
+    state = optimizer.chained_optimizers[1].optimizer.state
+    _swap(*[values["exp_avg"] for values in state.values()][:2])
+
+
+def _swap_main_parameters(optimizer) -> None:
+    group = optimizer.chained_optimizers[1].optimizer.param_groups[0]["params"]
+    _swap(group[0].data, group[1].data)
+
+
+def _swap(one: torch.Tensor, other: torch.Tensor) -> None:
+    """All values of tensors of the same size; of a stacked weight, the first two experts' part."""
+    if one.shape != other.shape or one.dim() == 3:
+        one, other = one[: len(one) // 2], one[len(one) // 2 :]
+    kept = one.clone()
+    one.copy_(other.reshape(one.shape))
+    other.copy_(kept.reshape(other.shape))
 
 
 def refused_extra(directory: Path) -> list[str]:

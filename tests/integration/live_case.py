@@ -108,15 +108,60 @@ def run_with_a_dead_planner(setup: Setup) -> dict:
     return {"losses": losses, "events": events, "unchanged": before == after}
 
 
-def run_without_step_done(setup: Setup) -> str:
+def run_without_step_done(setup: Setup) -> list[float]:
+    """Replicas follow the optimizer by themselves."""
     training, live = make_live(setup, ScaleMoEConfig(replicas=4, replan_interval=0))
     live.adopt(random_plan(live.plan, np.random.default_rng(0), permute=False))
-    training.losses(1)
-    try:
+    losses = training.losses(4)
+    live.close()
+    return losses
+
+
+def repeated_steps(setup: Setup, steps: int, *, repeat: bool, place: str = "none") -> dict:
+    """Trains with replicas. repeat: all micro-batches of every second step are computed twice, as Megatron does where it doubts a result.
+
+    Returns losses, what was counted, how often replicas' parameters were sent.
+    """
+    options = {"replan_interval": 0, "trace_interval": 1, "sequence_placement": place}
+    training, live = make_live(setup, ScaleMoEConfig(replicas=4, **options))
+    live.adopt(random_plan(live.plan, np.random.default_rng(0), permute=False))
+    step_optimizer, sent, losses = training.optimizer.step, [], []
+    send = replicas.LayerReplicas._exchange
+
+    def exchange(self, rows, splits, *, async_op):
+        sent.extend([1] * async_op)
+        return send(self, rows, splits, async_op=async_op)
+
+    with mock.patch.object(replicas.LayerReplicas, "_exchange", exchange):
+        for step in range(1, steps + 1):
+            if repeat and step % 2 == 0:
+                scheduled, begun = training.scheduler.step, training.step
+                training.optimizer.step = training.scheduler.step = lambda *_: None
+                training.losses(1)
+                training.optimizer.step, training.scheduler.step, training.step = step_optimizer, scheduled, begun
+            losses += training.losses(1)
+            live.step_done(step)
+    dispatchers = [live_layer.layer.token_dispatcher for live_layer in live.layers]
+    counted = {
+        "routed": [live_layer.layer.router.tokens_per_expert.tolist() for live_layer in live.layers],
+        "computed": [int(dispatcher.rows_computed) for dispatcher in dispatchers],
+        "selections": [dispatcher.traffic.selections for dispatcher in dispatchers],
+    }
+    if live.sequences is not None:
+        counted["learnt"] = live.sequences._learner._counts_RLE.sum().item()
+    live.close()
+    return {"losses": losses, "counted": counted, "sent": len(sent)}
+
+
+def iterations_left_out(setup: Setup) -> list[int]:
+    """Iterations of the replans and recorded steps of a run in which Megatron skipped those that were due."""
+    training, live = make_live(setup, ScaleMoEConfig(replicas=4, trace_interval=2, replan_interval=4))
+    for step in (1, 2, 3, 5, 6, 7, 9):
         training.losses(1)
-    except ScaleMoEError as error:
-        return str(error)
-    return ""
+        live.step_done(step)
+    events = [event["iteration"] for event in live.events if event["event"] == "interval"]
+    live.close()
+    return events
 
 
 def plans_that_differ(setup: Setup) -> str:

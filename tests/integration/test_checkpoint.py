@@ -132,6 +132,31 @@ def test_damage_is_named_and_older_iterations_stay_usable(tmp_path):
         assert "'release'" in messages["tracker"]
 
 
+def test_weights_that_are_still_to_be_gathered_are_saved(saved):
+    """With overlap_param_gather a rank's weights are old, but for its own share, until the next forward."""
+    directory, want = saved("distributed", 1)
+    for got in on_ranks(2, "resume", directory, dict(ep=1), weights_only=True):
+        assert got[0] == pytest.approx(want[0], abs=1e-6)
+
+
+@pytest.mark.parametrize("experts", [None, "grouped"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_that_is_not_what_was_saved_is_named(kind, experts, tmp_path):
+    for messages in on_ranks(2, "planted", tmp_path, dict(ep=2, scalemoe_experts=experts, **KINDS[kind])):
+        assert " exp_avg float32" in messages["_swap_moments"] and "experts.linear_fc" in messages["_swap_moments"]
+        assert (" weight float32" if kind == "plain" else " param float32") in messages["_swap_main_parameters"]
+        for message in messages.values():
+            assert "tensors are not what they were when it was saved" in message and "iter_0000002" in message
+
+
+def test_flat_buffers_are_read_into_their_own_order_or_refused(tmp_path):
+    options = dict(ep=2, distributed_optimizer=True)
+    want = on_ranks(2, "stock_writes", tmp_path, options, {**NOW, "distrib_optim_sharding_type": "dp_reshardable"})[0]
+    assert on_ranks(2, "resume", tmp_path, dict(**options, scalemoe_experts="megatron")) == [want, want]
+    for message in on_ranks(2, "refused_load", tmp_path, dict(**options, scalemoe_experts="grouped")):
+        assert "dp_reshardable" in message and "--ckpt-convert-save" in message
+
+
 def test_an_interrupted_save_leaves_the_checkpoint_before(tmp_path):
     for result in on_ranks(2, "interrupted", tmp_path):
         assert "No space left on device" in result["message"] and "iteration 2" in result["message"]

@@ -99,8 +99,27 @@ def test_a_dead_planner_changes_nothing():
     assert "code -9" in results[0]["events"][1]["reason"]  # the rank that had the planner says why
 
 
-def test_forgotten_step_done():
-    assert all("step_done must be called" in message for message in on_ranks(2, "run_without_step_done", {"ep": 2}))
+def test_replicas_follow_the_optimizer_without_step_done():
+    for losses in on_ranks(2, "run_without_step_done", {"ep": 2}):
+        assert losses == pytest.approx(stock(2, '{"ep": 2}', 4), abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"distributed_optimizer": True, "overlap": True}, {"recompute": True}], ids=str)
+def test_a_step_that_is_repeated_counts_once(options):
+    setup = {"ep": 2, **options}
+    for once, twice in zip(*(on_ranks(2, "repeated_steps", setup, 6, repeat=repeat) for repeat in (False, True)), strict=True):
+        assert twice == once
+        assert once["sent"] == 6 * 2  # once for each step and layer
+        assert once["losses"] == pytest.approx(stock(2, json.dumps(setup), 6), abs=1e-6)
+
+
+def test_sequences_of_a_repeated_step_are_learnt_once():
+    for once, twice in zip(*(on_ranks(2, "repeated_steps", {"ep": 2}, 9, repeat=r, place="affinity") for r in (False, True)), strict=True):
+        assert twice["counted"] == once["counted"] and once["counted"]["learnt"] > 0
+
+
+def test_an_interval_ends_although_its_iteration_was_skipped():
+    assert on_ranks(2, "iterations_left_out", {"ep": 2}) == [[5, 9], [5, 9]]
 
 
 def test_different_plans_are_refused_by_rank():
