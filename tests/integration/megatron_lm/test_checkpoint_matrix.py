@@ -15,6 +15,7 @@ pytestmark = needs_checkout
 LAST = 9
 # Auxiliary loss and dropout depend on which sequences meet on a rank.
 EXACT = ("--moe-aux-loss-coeff", 0, "--hidden-dropout", 0, "--attention-dropout", 0, "--train-iters", LAST)
+TOLERANCE = 1.5e-6  # Megatron logs six decimals: rounding alone can make two losses differ by 1e-6
 KINDS = ("stock", "ours", "grouped", "plan", "migrated")
 GROUPED = ("grouped", "plan", "migrated")
 FORMATS = {
@@ -73,7 +74,7 @@ def check(kind: str, ranks: int, folder: Path, checkpoint: Path, flags: tuple, r
     whole = stock(2, "--expert-model-parallel-size", 2, *EXACT)
     gone_on = train(kind, ranks, folder, *flags)
     assert list(gone_on.losses) == [LAST]
-    assert gone_on.losses[LAST] == pytest.approx(whole.losses[LAST], abs=1e-6)
+    assert gone_on.losses[LAST] == pytest.approx(whole.losses[LAST], abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("reader", KINDS)
@@ -122,4 +123,4 @@ def test_in_bf16_it_is_as_near_as_stocks_own_resume(kind, tmp_path):
     whole = train(kind, 2, tmp_path, *flags)
     train(kind, 2, tmp_path, *flags, *saving(tmp_path / "checkpoints", 8))
     gone_on = train(kind, 2, tmp_path, *flags, "--load", tmp_path / "checkpoints")
-    assert gone_on.losses == pytest.approx({step: whole.losses[step] for step in range(9, 13)}, abs=1e-6)
+    assert gone_on.losses == pytest.approx({step: whole.losses[step] for step in range(9, 13)}, abs=TOLERANCE)
