@@ -25,11 +25,22 @@ from megatron_scalemoe.integration.training_session import TrainingSession
 
 class _Loading:
     """One call of `load_checkpoint`, between its beginning and end. reads: the order of this run's experts; None while nothing is loaded.
-    path, state: of the checkpoint, without its tensors."""
+    optimizer: to load into, if any. path, state: of the checkpoint, without its tensors."""
 
     def __init__(self) -> None:
         self.reads: ExpertOrder | None = None
+        self.optimizer: Any = None
         self.path, self.state = Path(), {}
+
+    def loads_optimizer(self, args: Any) -> bool:
+        """As Megatron decides it; a checkpoint without optimizer state says so in its arguments."""
+        without = args.finetune or args.no_load_optim or getattr(self.state.get("args"), "no_save_optim", False)
+        return self.optimizer is not None and not without
+
+    @property
+    def sharding_type(self) -> str | None:
+        """Of the distributed optimizer's state in the checkpoint."""
+        return (self.state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
 
 
 def attach(session: TrainingSession) -> None:
@@ -66,16 +77,16 @@ def _load_checkpoint(loading: _Loading, original: Callable, *args: Any, **option
     from megatron.training import get_args
 
     model, optimizer = (hooks.argument(original, name, args, options) for name in ("ddp_model", "optimizer"))
-    loading.reads, loading.state = expert_order(model), {}
+    loading.reads, loading.optimizer, loading.state = expert_order(model), optimizer, {}
     result = original(*args, **options)
     if CHECKSUMS_KEY in loading.state:
         metadata = {**loading.state["content_metadata"], "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         states = [chunk.sharded_state_dict(metadata=metadata) for chunk in unwrap_model(model)]
-        loaded = optimizer if _loads_optimizer(get_args(), loading.state) else None
+        loaded = optimizer if loading.loads_optimizer(get_args()) else None
         compared = check_state(loading.path, loading.state[CHECKSUMS_KEY], states, loaded)
         if dist.get_rank() == 0:
             print(f"scalemoe: {compared} tensors of {loading.path} are in memory as they were saved", flush=True)
-    loading.reads, loading.state = None, {}
+    loading.reads, loading.optimizer, loading.state = None, None, {}
     return result
 
 
@@ -86,35 +97,32 @@ def _load_base_checkpoint(loading: _Loading, original: Callable, *args: Any, **o
     if first and loading.reads is not None and state and not release:
         loading.path, loading.state = Path(name), state
         training_args = hooks.argument(original, "args", args, options)
-        _check_sizes(loading.path, training_args, state)
-        if training_args.use_distributed_optimizer and _loads_optimizer(training_args, state):
-            sharding_type = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
-            check_optimizer_layout(loading.path, sharding_type, state.get("args"), loading.reads)
+        _check_sizes(loading, training_args)
+        if training_args.use_distributed_optimizer and loading.loads_optimizer(training_args):
+            check_optimizer_layout(loading.path, loading.sharding_type, state.get("args"), loading.reads)
     return result
 
 
-def _check_sizes(path: Path, args: Any, state: dict) -> None:
+def _check_sizes(loading: _Loading, args: Any) -> None:
     """Raises `ScaleMoEError` where Megatron would fail over a key that the checkpoint of another number of ranks does not have."""
-    saved = state.get("args")
+    saved = loading.state.get("args")
     if saved is None:
         return
     before, now = saved.expert_model_parallel_size, args.expert_model_parallel_size
     problems, flags = [], []
-    if _loads_optimizer(args, state):
+    if loading.loads_optimizer(args):
         if (before > 1) != (now > 1):  # one optimizer, or one for the experts beside it
             problems.append("Megatron cannot read its optimizer state where expert parallelism begins or ends")
             flags.append("--no-load-optim")
-        elif before != now and (state.get("content_metadata") or {}).get("distrib_optim_sharding_type") == "dp_reshardable":
-            problems.append(
-                "dp_reshardable optimizer state is bound to one expert-parallel size: save with --dist-ckpt-optim-fully-reshardable"
-            )
+        elif before != now and loading.sharding_type == "dp_reshardable":
+            problems.append("dp_reshardable is bound to one expert-parallel size: save with --dist-ckpt-optim-fully-reshardable")
             flags.append("--no-load-optim")
     if _loads_rng(args, saved) and _rng_layout(saved) != _rng_layout(args):
         problems.append("it has the random number generators of other ranks")
         flags.append("--no-load-rng")
     if problems:
         raise ScaleMoEError(
-            f"{path} was saved with --expert-model-parallel-size {before} and {saved.data_parallel_size} data-parallel ranks",
+            f"{loading.path} was saved with --expert-model-parallel-size {before} and {saved.data_parallel_size} data-parallel ranks",
             found=f"{now} and {args.data_parallel_size}, and " + "; ".join(problems),
             try_=" ".join(flags),
         )
@@ -130,11 +138,6 @@ def _loads_rng(args: Any, saved: Any) -> bool:
 def _rng_layout(args: Any) -> int | None:
     """How Megatron numbers the generators' states: by data-parallel rank only with expert parallelism."""
     return args.data_parallel_size * args.context_parallel_size if args.expert_model_parallel_size > 1 else None
-
-
-def _loads_optimizer(args: Any, state: dict) -> bool:
-    """As Megatron decides it; a checkpoint without optimizer state says so in its arguments."""
-    return not (args.finetune or args.no_load_optim or getattr(state.get("args"), "no_save_optim", False))
 
 
 def _model_states(state: dict, model: list) -> list[dict]:
