@@ -31,7 +31,7 @@ from megatron_scalemoe.integration.checkpoint_optimizer import optimizer_parts
 CHECKSUMS_KEY = "scalemoe_checksums"  # in the plain part of a checkpoint
 WEIGHT = "weight"
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 20  # elements at a time, to bound the memory
+_CHUNK = 1 << 16  # elements at a time: they stay in the cache
 _MODULUS, _NAMED = 1 << 64, 4
 _Key = tuple[str, tuple[int, ...], str]  # name, shape, kind
 
@@ -151,17 +151,22 @@ def _checksum(piece: ShardedTensor, first: int, values_N: Tensor, start: int) ->
     """
     low, high = max(first, start), min(first + math.prod(piece.local_shape), start + values_N.numel())
     total = torch.zeros((), dtype=torch.int64, device=values_N.device)
-    words_N = values_N.view(_WORDS[values_N.element_size()])
+    words_N, axes = values_N.view(_WORDS[values_N.element_size()]), _cut_axes(piece)
+    odd_C = torch.arange(1, 2 * max(0, min(_CHUNK, high - low)), 2, device=values_N.device)
     for begin in range(low, high, _CHUNK):
         end = min(begin + _CHUNK, high)
-        index_C = _global_index(piece, torch.arange(begin - first, end - first, device=values_N.device))
-        total += ((2 * index_C + 1) * words_N[begin - start : end - start]).sum()
+        words_C = words_N[begin - start : end - start].long()
+        if len(axes) == 1:  # indices that follow each other: (2 i + 1) is 2 of the first one more than in odd_C
+            total += (words_C * odd_C[: end - begin]).sum() + 2 * (begin - first + axes[0][2]) * words_C.sum()
+        else:
+            index_C = _global_index(axes, torch.arange(begin - first, end - first, device=values_N.device))
+            total += ((2 * index_C + 1) * words_C).sum()
     return total
 
 
-def _global_index(piece: ShardedTensor, local_C: Tensor) -> Tensor:
+def _global_index(axes: list[tuple[int, int, int]], local_C: Tensor) -> Tensor:
     """Flat indices in the whole tensor of these elements of the piece."""
-    axes, stride, index_C = _cut_axes(piece), 1, 0
+    stride, index_C = 1, 0
     for size, whole, offset in reversed(axes[1:]):
         index_C += (local_C % size + offset) * stride
         local_C, stride = local_C // size, stride * whole
