@@ -62,7 +62,7 @@ def test_it_repeats_for_a_seed_and_reports_falling_costs():
     home_E = solved(problem, progress=costs.append)
     assert_balanced(problem, home_E)
     assert np.array_equal(home_E, solved(problem))
-    assert costs == sorted(costs, reverse=True)
+    assert max(np.diff(costs)) <= 1e-12 * costs[0]  # a search accepts by its objective: the total may stay, to rounding
     assert costs[-1] == pytest.approx(home_cost_us(problem, home_E) - 4 * problem.ports.scale_up_latency_us)
 
 
