@@ -1,6 +1,6 @@
 """Everything a user can choose, in one frozen dataclass.
 
-The string under a field is its help text: `integration.arguments` makes one `--scalemoe-*` flag from each field, and the YAML read by
+The string under a field is its help text: `mcore.arguments` makes one `--scalemoe-*` flag from each field, and the YAML read by
 `--scalemoe-config` has the same names.
 """
 

@@ -38,7 +38,7 @@ def run_script(script: Path, flags: list[str]) -> None:
     """As `python SCRIPT FLAGS`, in this process. Raises `ScaleMoEError` for flags of ours that are wrong or do not fit."""
     if not script.is_file():
         raise ScaleMoEError("the first argument must be a training script of Megatron-LM", found=script, try_="/path/to/pretrain_gpt.py")
-    from megatron_scalemoe.integration.arguments import add_scalemoe_args, scalemoe_config_from_args
+    from megatron_scalemoe.mcore.arguments import add_scalemoe_args, scalemoe_config_from_args
 
     parser = add_scalemoe_args(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
     ours, others = parser.parse_known_args(flags)
@@ -51,11 +51,11 @@ def run_script(script: Path, flags: list[str]) -> None:
     if (on_cpu or hooked) and importlib.util.find_spec("megatron.training") is None:
         raise ScaleMoEError(f"no Megatron-LM beside {script}", found="no package megatron.training", try_="the script in its checkout")
     if on_cpu:
-        from megatron_scalemoe.integration import cpu_script
+        from megatron_scalemoe.mcore.scripts import cpu as cpu_script
 
         cpu_script.install()
     if hooked:
-        from megatron_scalemoe.integration import megatron_lm
+        from megatron_scalemoe.mcore.scripts import megatron_lm
 
         megatron_lm.hook_parser()
     runpy.run_path(str(script), run_name="__main__")

@@ -1,8 +1,15 @@
-"""The order of the tests."""
+"""The order of the tests, and which are marked `ranks`."""
 
-RANKS_STAY = {"distributed", "integration"}
+import pytest
 
 
 def pytest_collection_modifyitems(items):
     """Tests on rank pools come last: their ranks stay, and poll, which would slow all tests after them."""
-    items.sort(key=lambda item: item.path.parent.name in RANKS_STAY)
+    for item in items:
+        if _uses_a_pool(item.module):
+            item.add_marker(pytest.mark.ranks)
+    items.sort(key=lambda item: item.get_closest_marker("ranks") is not None)
+
+
+def _uses_a_pool(module) -> bool:
+    return any(getattr(value, "__module__", "") == "tests.rank_pool" for value in vars(module).values())

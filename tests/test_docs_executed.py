@@ -17,7 +17,7 @@ import pytest
 
 from tests.cli.test_flags import JOB
 from tests.docs_pages import FENCE, PAGES, ROOT, fenced_commands, is_output, shown_runs, without_measured
-from tests.unit.test_formats_page import blocks
+from tests.test_formats_page import blocks
 
 SAMPLES = ROOT / "tests" / "topology" / "discover" / "samples"
 MEASURED = re.compile(r"scalemoe (plan|simulate|compare|diff|report|topology measure) ")
@@ -85,7 +85,7 @@ def test_a_jobs_file(shell):
 def test_no_other_page_shows_what_a_command_prints():
     shown = {str(path.relative_to(ROOT)) for path in PAGES if shown_runs(path.read_text(encoding="utf-8"))}
     here = {"README.md", "docs/planner.md", "docs/config.md"}
-    assert shown == here | {"examples/scalemoe_paper/README.md"}  # that one: tests/test_scalemoe_paper.py
+    assert shown == here | {"examples/scalemoe_paper/README.md"}  # that one: tests/examples/test_scalemoe_paper.py
 
 
 def test_another_output_or_exit_code_is_a_problem(shell, monkeypatch):

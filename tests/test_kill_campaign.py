@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 
 pytest.importorskip("torch", reason="kill_hooks.py needs the train extra")
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))

@@ -1,4 +1,4 @@
-"""`python -m megatron_scalemoe.launch`, with scripts that are not Megatron's; Megatron's own are in tests/integration/megatron_lm."""
+"""`python -m megatron_scalemoe.launch`, with scripts that are not Megatron's; Megatron's own are in tests/megatron_lm."""
 
 import subprocess
 import sys

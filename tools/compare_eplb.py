@@ -24,7 +24,7 @@ from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.objective import slots_of_hosts
 from megatron_scalemoe.placement.solve import solve_trace
-from megatron_scalemoe.split import split_tokens
+from megatron_scalemoe.plan.split import split_tokens
 from megatron_scalemoe.topology.ports import two_level_ports
 from megatron_scalemoe.traffic.matrices import distinct_factor, rows_between_ranks
 from megatron_scalemoe.traffic.synthetic import synthesize

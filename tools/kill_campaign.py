@@ -36,7 +36,7 @@ import psutil
 from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_output
-from megatron_scalemoe.integration.checkpoint_files import iteration_path, latest_iteration
+from megatron_scalemoe.mcore.checkpoint.directory import iteration_path, latest_iteration
 
 TOOLS = Path(__file__).resolve().parent
 SCRIPT = TOOLS.parent / "examples" / "gpt_moe" / "pretrain_gpt.py"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.plan import load_plan
+from megatron_scalemoe.plan.placement_plan import load_plan
 
 ANYWHERE = "anywhere"
 # How often each comes, at least, in the first 25 iterations of a restarted run: the kill is at one of these.

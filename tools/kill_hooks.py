@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_scalemoe.integration import cpu_ranks
+from megatron_scalemoe.mcore import cpu_ranks
 from megatron_scalemoe.placement.background import BackgroundPlanner
 from megatron_scalemoe.placement.migration import moves
 from megatron_scalemoe.placement.replan import Replan
-from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "gpt_moe"
 # Of the replans: those that wait for the real planner's answer before they put a random plan in its place.
@@ -140,7 +140,10 @@ def _after_rename(checkpoint_files, killer: Killer) -> None:
 
 def install(moment: str, killer: Killer) -> None:
     """Aim `killer` at one of `kill_checks.MOMENTS`."""
-    from megatron_scalemoe.integration import checkpoint, checkpoint_files, live, migration, replicas
+    from megatron_scalemoe.balance import live, replicas
+    from megatron_scalemoe.balance.migrate import migration
+    from megatron_scalemoe.mcore.checkpoint import checkpoint
+    from megatron_scalemoe.mcore.checkpoint import directory as checkpoint_files
 
     balance, serialization = live.LiveBalance, checkpoint.serialization
     hooks = {
@@ -179,7 +182,7 @@ def install(moment: str, killer: Killer) -> None:
 def main() -> None:
     job = json.loads(sys.argv[1])
     cpu_ranks.install()
-    from megatron_scalemoe.integration import live
+    from megatron_scalemoe.balance import live
 
     live.BackgroundPlanner, live.PLANNING_S = RandomPlanner, _PLANNING_S
     if job["moment"] and job["rank"] == int(os.environ["RANK"]):

@@ -35,7 +35,7 @@ from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emi
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_output
 from megatron_scalemoe.ops import native
-from megatron_scalemoe.ops.shm import ShmTransport, open_arena
+from megatron_scalemoe.ops.transports.shm import ShmTransport, open_arena
 
 NOTICED_LIMIT_S, START_LIMIT_S = 2.0, 5.0
 STEP_TIMEOUT_S, HANG_TIMEOUT_S = 30.0, 0.5

@@ -8,9 +8,9 @@ import resource
 import torch
 import torch.distributed as dist
 
+from megatron_scalemoe.bench.dispatch import make_routed_tokens
 from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
-from megatron_scalemoe.integration import cpu_ranks
-from megatron_scalemoe.integration.bench_dispatch import make_routed_tokens
+from megatron_scalemoe.mcore import cpu_ranks
 
 TOKENS, HIDDEN, EXPERTS, TOP_K, SKEW, DTYPE = 4096, 1024, 8, 2, 1.0, torch.float32  # as `scalemoe bench dispatch`
 WARMUP, ITERS = 2, 10

@@ -7,8 +7,6 @@ if (($#)); then
     exec "$VENV_PYTHON" -m pytest "$@"
 fi
 # Two at a time but for those on rank pools, which use all cores themselves. The examples mostly wait for processes to start.
-RANKS=(tests/distributed tests/integration)
-EXAMPLES=(tests/integration/test_{example,example_data,example_scripts,bert_example}.py)
-"$VENV_PYTHON" -m pytest -n 2 --dist worksteal "${RANKS[@]/#/--ignore=}"
-"$VENV_PYTHON" -m pytest -n 2 --dist loadfile "${EXAMPLES[@]}"
-exec "$VENV_PYTHON" -m pytest "${RANKS[@]}" "${EXAMPLES[@]/#/--ignore=}"
+"$VENV_PYTHON" -m pytest -n 2 --dist worksteal -m "not ranks" --ignore tests/examples
+"$VENV_PYTHON" -m pytest -n 2 --dist loadfile tests/examples
+exec "$VENV_PYTHON" -m pytest -m ranks --ignore tests/examples

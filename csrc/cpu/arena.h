@@ -9,10 +9,10 @@
 
 namespace scalemoe {
 
-// The ops, as in `OPS` of ops/shm.py.
+// The ops, as in `OPS` of ops/transports/shm.py.
 enum class Op : int32_t { kNone = 0, kGatherCounts, kDispatch, kCombine, kCombineBackward, kDispatchBackward };
 
-// Why an arena can no longer be used, as in `Arena._error` of ops/shm.py.
+// Why an arena can no longer be used, as in `Arena._error` of ops/transports/shm.py.
 enum class Failure : int32_t {
   kNone = 0,
   kDead,        // the culprit's process is gone

@@ -12,10 +12,10 @@
 
 namespace scalemoe {
 
-// What the ops return, as in ops/shm.py.
+// What the ops return, as in ops/transports/shm.py.
 enum Outcome : int { kDone = 0, kFailed = -1, kBadExperts = -2, kBadMap = -3, kTooManyRows = -4, kNotBegun = -5 };
 
-// Sizes and small inputs of an op, as `_Op` in ops/shm.py. value_bytes is 0 where there are no probabilities, map null in a dispatch.
+// Sizes and small inputs of an op, as `_Op` in ops/transports/shm.py. value_bytes is 0 where there are no probabilities, map null in a dispatch.
 struct OpArgs {
   const int32_t* experts;  // [tokens, columns]
   const int32_t* map;      // [map_ints]

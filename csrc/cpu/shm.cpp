@@ -1,4 +1,4 @@
-// The C interface of shared memory between ranks; ops/shm.py calls it. Functions return 0, a negative `Outcome`, or an errno.
+// The C interface of shared memory between ranks; ops/transports/shm.py calls it. Functions return 0, a negative `Outcome`, or an errno.
 #include <cerrno>
 #include <new>
 

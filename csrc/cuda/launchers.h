@@ -1,5 +1,5 @@
 // The C interface: sizes, open and close, and one launcher for each half of an operation. Everything goes onto `stream`; nothing allocates,
-// waits or synchronises. Launchers return the CUDA error code, 0 for success. Arguments are checked by the caller (ops/cuda.py).
+// waits or synchronises. Launchers return the CUDA error code, 0 for success. Arguments are checked by the caller (ops/transports/cuda.py).
 //
 // Codes of dtypes: 0 fp32, 1 bf16, 2 fp16. Rows and their starts are multiples of 16 bytes; items of probs have 2, 4 or 8.
 #pragma once

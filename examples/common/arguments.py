@@ -13,7 +13,7 @@ import sys
 from sources import is_indexed
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.integration.arguments import add_scalemoe_args, read_yaml_mapping, scalemoe_config_from_args
+from megatron_scalemoe.mcore.arguments import add_scalemoe_args, read_yaml_mapping, scalemoe_config_from_args
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

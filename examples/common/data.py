@@ -12,8 +12,8 @@ from sources import is_indexed, text_files
 from task import Task
 from torch import Tensor
 
+from megatron_scalemoe.balance.sequences.live_sequences import LiveSequences
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.integration.live_sequences import LiveSequences
 
 NUM_BYTES = 256
 MAX_BYTES = 64 * 2**20

@@ -11,7 +11,7 @@ import torch
 from arguments import parse_args
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.integration import cpu_ranks
+from megatron_scalemoe.mcore import cpu_ranks
 
 if TYPE_CHECKING:
     from task import Task

@@ -14,7 +14,7 @@ from model import Training
 from task import Task
 from torch import Tensor
 
-from megatron_scalemoe.integration.live_sequences import LiveSequences
+from megatron_scalemoe.balance.sequences.live_sequences import LiveSequences
 
 
 @dataclasses.dataclass(frozen=True)

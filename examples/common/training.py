@@ -19,14 +19,14 @@ from results import RunLog
 from steps import Data, evaluate, train_step
 from task import Task
 
+from megatron_scalemoe.balance.figures.layers import LayerMeter
+from megatron_scalemoe.balance.figures.writers import format_figures
+from megatron_scalemoe.balance.live import LiveBalance
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.integration.agreement import check_ranks_agree
-from megatron_scalemoe.integration.checkpoint import check_checkpoint_support, load_checkpoint, save_checkpoint
-from megatron_scalemoe.integration.faults import naming_dead_ranks
-from megatron_scalemoe.integration.figure_writers import format_figures
-from megatron_scalemoe.integration.layer_figures import LayerMeter
-from megatron_scalemoe.integration.live import LiveBalance
-from megatron_scalemoe.integration.metrics import mean_aux_losses, mean_rank_load
+from megatron_scalemoe.faults.agreement import check_ranks_agree
+from megatron_scalemoe.faults.dead_ranks import naming_dead_ranks
+from megatron_scalemoe.mcore.checkpoint.checkpoint import check_checkpoint_support, load_checkpoint, save_checkpoint
+from megatron_scalemoe.mcore.metrics import mean_aux_losses, mean_rank_load
 
 
 def train(args: argparse.Namespace, task: Task) -> None:

@@ -12,11 +12,11 @@ from workload import Workload
 from megatron_scalemoe.cost.exchange import exchange_phases, padded_rows
 from megatron_scalemoe.cost.layer import phases_us, plan_cost
 from megatron_scalemoe.cost.model import CostModel
-from megatron_scalemoe.plan import PlacementPlan
-from megatron_scalemoe.topology.files import load_topology
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.topology.graph import Topology
 from megatron_scalemoe.topology.ports import Ports, ports_of
 from megatron_scalemoe.topology.routes import Routes, compute_routes
+from megatron_scalemoe.topology.topology_file import load_topology
 
 _TOPOLOGIES = Path(__file__).resolve().parent.parent / "topologies"
 NETWORKS = ("homogeneous", "heterogeneous")

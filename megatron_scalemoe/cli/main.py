@@ -7,7 +7,10 @@ import argparse
 import os
 import sys
 
-from megatron_scalemoe.cli import bench, compare, diff, doctor, flags, launch, plan, report, simulate, topology, trace
+from megatron_scalemoe.cli import doctor, flags, launch, report, trace
+from megatron_scalemoe.cli.bench import command as bench
+from megatron_scalemoe.cli.planning import compare, diff, plan, simulate
+from megatron_scalemoe.cli.topology import command as topology
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.version import __version__
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from megatron_scalemoe.cli.common import OK, format_table
-from megatron_scalemoe.cli.cost_flags import add_cost_flags, cost_from_args
+from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
 from megatron_scalemoe.files import check_output, write_atomically
 from megatron_scalemoe.units import format_bytes
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     import datetime
 
     from megatron_scalemoe.report.collect import collect
-    from megatron_scalemoe.report.figures import report_style
+    from megatron_scalemoe.report.figures.common import report_style
     from megatron_scalemoe.report.html import make_report
     from megatron_scalemoe.report.training_section import TRAINING
 

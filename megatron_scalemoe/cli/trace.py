@@ -187,7 +187,7 @@ def _plot(trace, args: argparse.Namespace) -> None:
     import io
 
     from megatron_scalemoe.files import write_atomically
-    from megatron_scalemoe.report.figures_trace import trace_figure
+    from megatron_scalemoe.report.figures.trace import trace_figure
 
     buffer = io.BytesIO()
     trace_figure(trace).savefig(buffer, format=args.plot.suffix[1:], dpi=150)

@@ -13,8 +13,8 @@ import numpy as np
 from megatron_scalemoe.cost.exchange import exchange_phases
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.replicas import replica_bytes
-from megatron_scalemoe.plan import PlacementPlan
-from megatron_scalemoe.split import split_tokens
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
+from megatron_scalemoe.plan.split import split_tokens
 from megatron_scalemoe.topology.graph import Topology
 from megatron_scalemoe.topology.routes import Routes
 from megatron_scalemoe.traffic.matrices import rows_between_ranks, rows_to_nodes, selections_between_ranks

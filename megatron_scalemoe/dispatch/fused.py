@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_scalemoe.dispatch.base import Dispatcher, InFlight
 from megatron_scalemoe.ops import library
 from megatron_scalemoe.ops.route import route
-from megatron_scalemoe.ops.transport import registered
+from megatron_scalemoe.ops.transports.registry import registered
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

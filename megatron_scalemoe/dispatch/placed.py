@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megatron_scalemoe.dispatch.base import Dispatcher, InFlight
 from megatron_scalemoe.ops.ragged import naming_failure
-from megatron_scalemoe.plan import EMPTY
-from megatron_scalemoe.split import split_tokens
+from megatron_scalemoe.plan.placement_plan import EMPTY
+from megatron_scalemoe.plan.split import split_tokens
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)

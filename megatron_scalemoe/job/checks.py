@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_scalemoe.config import config_from_dict
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.job.config import JobConfig
-from megatron_scalemoe.plan import load_plan
+from megatron_scalemoe.plan.placement_plan import load_plan
 
 
 def check_job(job: JobConfig) -> dict[str, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_scalemoe.ops.define import define_op, on_plain_cpu, refuse_second_derivative
-from megatron_scalemoe.ops.transport import registered
+from megatron_scalemoe.ops.transports.registry import registered
 
 
 def gather_counts(transport: int, counts_Q: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from megatron_scalemoe.files import SCHEMA_VERSION, read_document, write_atomica
 from megatron_scalemoe.placement.policy import ReplanPolicy
 from megatron_scalemoe.placement.processes import use_one_blas_thread
 from megatron_scalemoe.placement.replan import Replan, ReplanOptions, replan
-from megatron_scalemoe.plan import PlacementPlan, load_plan, save_plan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan, load_plan, save_plan
 from megatron_scalemoe.topology.ports import Ports
 from megatron_scalemoe.traffic.trace import RoutingTrace, load_trace, save_trace
 

@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.plan import EMPTY, PlacementPlan
+from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan
 from megatron_scalemoe.topology.ports import Ports, port_time_us
 
 # Beside the parameter itself (2 bytes in bf16): its fp32 master copy and Adam's two fp32 moments.

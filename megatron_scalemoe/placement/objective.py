@@ -14,8 +14,8 @@ import numpy as np
 from megatron_scalemoe.cost.layer import whole_counts
 from megatron_scalemoe.cost.replicas import replica_us
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
-from megatron_scalemoe.plan import EMPTY
-from megatron_scalemoe.split import split_tokens
+from megatron_scalemoe.plan.placement_plan import EMPTY
+from megatron_scalemoe.plan.split import split_tokens
 from megatron_scalemoe.topology.ports import Ports, port_time_us
 from megatron_scalemoe.traffic.matrices import distinct_factor, rows_between_ranks
 

@@ -26,8 +26,8 @@ from megatron_scalemoe.placement.problem import LayerProblem, Solution
 from megatron_scalemoe.placement.processes import run_jobs
 from megatron_scalemoe.placement.replicate import add_replicas
 from megatron_scalemoe.placement.swap_delta import SwapTable
-from megatron_scalemoe.plan import EMPTY, PlacementPlan
-from megatron_scalemoe.split import balanced_max_load
+from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan
+from megatron_scalemoe.plan.split import balanced_max_load
 from megatron_scalemoe.topology.ports import Ports
 from megatron_scalemoe.traffic.trace import RoutingTrace
 from megatron_scalemoe.version import __version__

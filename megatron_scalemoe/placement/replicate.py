@@ -20,7 +20,7 @@ from megatron_scalemoe.placement.replicate_drift import plausible_loads
 from megatron_scalemoe.placement.replicate_polish import polish
 from megatron_scalemoe.placement.replicate_search import improve
 from megatron_scalemoe.placement.replicate_start import balanced_homes, chained_replicas, packed_beside_homes, packed_replicas
-from megatron_scalemoe.split import balanced_max_load, balanced_shares
+from megatron_scalemoe.plan.split import balanced_max_load, balanced_shares
 
 # Loads that a placement is judged by, and rounds of the search: 16 ranks x 32 experts get all, more experts fewer, as each takes longer.
 CASES, FEWEST_CASES = 12, 4

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_scalemoe.placement.problem import Solution
-from megatron_scalemoe.plan import EMPTY
+from megatron_scalemoe.plan.placement_plan import EMPTY
 
 
 def draw_moves(

@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_scalemoe.placement.problem import Solution
 from megatron_scalemoe.placement.replicate_moves import draw_moves, moved
-from megatron_scalemoe.split import balanced_max_load
+from megatron_scalemoe.plan.split import balanced_max_load
 
 MOVES_PER_DRAW = 512
 LARGEST_POOL = 64

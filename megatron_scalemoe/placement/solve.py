@@ -24,7 +24,7 @@ from megatron_scalemoe.placement.objective import solution_cost
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
 from megatron_scalemoe.placement.processes import run_jobs
 from megatron_scalemoe.placement.replicate import add_replicas
-from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.topology.ports import Ports
 from megatron_scalemoe.traffic.trace import LayerTraffic, RoutingTrace
 from megatron_scalemoe.version import __version__

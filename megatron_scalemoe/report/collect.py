@@ -9,10 +9,10 @@ from pathlib import Path
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import Document, read_bytes, read_document
-from megatron_scalemoe.plan import PlacementPlan, load_plan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan, load_plan
 from megatron_scalemoe.report.training_runs import CONFIG_FILE, HISTORY_FILE, TrainingRun, is_run_folder, read_training_run
-from megatron_scalemoe.topology.files import load_topology
 from megatron_scalemoe.topology.graph import Topology
+from megatron_scalemoe.topology.topology_file import load_topology
 from megatron_scalemoe.traffic.trace import RoutingTrace, load_trace
 
 _DOCUMENTS = (".json", ".yaml", ".yml")

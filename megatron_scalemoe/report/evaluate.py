@@ -9,8 +9,8 @@ import numpy as np
 
 from megatron_scalemoe.cost.layer import plan_cost, whole_counts
 from megatron_scalemoe.cost.model import CostModel
-from megatron_scalemoe.plan import PlacementPlan
-from megatron_scalemoe.split import split_tokens
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
+from megatron_scalemoe.plan.split import split_tokens
 from megatron_scalemoe.topology.graph import Topology
 from megatron_scalemoe.topology.routes import compute_routes
 from megatron_scalemoe.traffic.matrices import selections_between_ranks

@@ -12,7 +12,7 @@ import jinja2
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.report.collect import Run
-from megatron_scalemoe.report.figures import Table
+from megatron_scalemoe.report.figures.common import Table
 from megatron_scalemoe.report.page import Story
 from megatron_scalemoe.report.sections import tell
 from megatron_scalemoe.units import format_bytes

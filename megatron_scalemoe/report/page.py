@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_scalemoe.report.figures import Panel, Table
+from megatron_scalemoe.report.figures.common import Panel, Table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,15 +9,15 @@ import numpy as np
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.report.collect import Run
 from megatron_scalemoe.report.evaluate import CONTIGUOUS, Evaluation, evaluate_plans
-from megatron_scalemoe.report.figures import Panel, Table, format_gap, format_ratio, format_us, report_style, to_svg
-from megatron_scalemoe.report.figures_cost import best_policy, dispatch_panel, policies_finding, policies_panel, solvers_panel
-from megatron_scalemoe.report.figures_load import link_panel, load_panel
-from megatron_scalemoe.report.figures_plan import change_panel, convergence_panel, plan_change
-from megatron_scalemoe.report.figures_topology import MAX_RANKS, bandwidth_panel
-from megatron_scalemoe.report.figures_trace import trace_figure
+from megatron_scalemoe.report.figures.common import Panel, Table, format_gap, format_ratio, format_us, report_style, to_svg
+from megatron_scalemoe.report.figures.cost import best_policy, dispatch_panel, policies_finding, policies_panel, solvers_panel
+from megatron_scalemoe.report.figures.load import link_panel, load_panel
+from megatron_scalemoe.report.figures.plan import change_panel, convergence_panel, plan_change
+from megatron_scalemoe.report.figures.topology import MAX_RANKS, bandwidth_panel
+from megatron_scalemoe.report.figures.trace import trace_figure
 from megatron_scalemoe.report.page import Section, Story, Tile
 from megatron_scalemoe.report.training_runs import TrainingRun, in_order
 from megatron_scalemoe.report.training_section import training_section, training_summary, training_warnings

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megatron_scalemoe.report.figures import Table, format_ratio
+from megatron_scalemoe.report.figures.common import Table, format_ratio
 from megatron_scalemoe.report.training_runs import TrainingRun, loss_difference
 
 _NONE = "–"

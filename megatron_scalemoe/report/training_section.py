@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_scalemoe.report.figures_training import balance_panel, loss_finding, loss_panel, speed_finding, speed_panel
+from megatron_scalemoe.report.figures.training import balance_panel, loss_finding, loss_panel, speed_finding, speed_panel
 from megatron_scalemoe.report.page import Section, Tile
 from megatron_scalemoe.report.tables_training import difference_text
 from megatron_scalemoe.report.training_runs import (

@@ -14,8 +14,8 @@ from megatron_scalemoe.cost.layer import LayerCost, layer_cost, replica_link_us
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.migration import migration_bytes, migration_us, moves, state_bytes
-from megatron_scalemoe.plan import PlacementPlan
-from megatron_scalemoe.split import split_tokens
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
+from megatron_scalemoe.plan.split import split_tokens
 from megatron_scalemoe.topology.graph import Topology
 from megatron_scalemoe.topology.ports import ports_of
 from megatron_scalemoe.topology.routes import Routes

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 
 MAX_ROWS = 8192
 # A row counts as if it had also seen this many average tokens: rarely seen ids are predicted near the mean.

@@ -38,7 +38,7 @@ def refusal(words: list[str], ranks: int) -> str:
     """What Megatron prints when it refuses the command line, or an empty text."""
     from megatron.training import arguments
 
-    from megatron_scalemoe.integration.arguments import add_scalemoe_args
+    from megatron_scalemoe.mcore.arguments import add_scalemoe_args
 
     os.environ.update(WORLD_SIZE=str(ranks), RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1")
     sys.argv = ["pretrain_gpt.py", *words]

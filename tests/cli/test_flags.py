@@ -16,7 +16,7 @@ from megatron_scalemoe.job.checks import check_job
 from megatron_scalemoe.job.config import load_job
 from megatron_scalemoe.job.flags import flag_words
 from megatron_scalemoe.job.options import COUNT, DEFAULTS, PROGRAMS, REQUIRED, SECTIONS, fits, flag_of
-from megatron_scalemoe.plan import PlacementPlan, save_plan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan, save_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_scalemoe.cost.layer import LayerCost, layer_cost, plan_cost, replica_link_us, whole_counts
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.replicas import replica_us
-from megatron_scalemoe.plan import EMPTY, PlacementPlan
+from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan
 from megatron_scalemoe.topology.graph import Override
 from megatron_scalemoe.topology.ports import port_time_us, ports_of, two_level_ports
 from megatron_scalemoe.topology.routes import compute_routes

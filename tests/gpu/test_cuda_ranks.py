@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.ops.cuda_memory import open_cuda
 from megatron_scalemoe.ops.reference import ReferenceTransport
+from megatron_scalemoe.ops.transports.cuda_memory import open_cuda
 from tests.gpu.test_cuda_virtual_ranks import on_gpu, to_cpu
 from tests.ops.emulated import Case, differing, make_inputs, run_operations
 

@@ -13,8 +13,8 @@ import os
 import pytest
 import torch
 
-from megatron_scalemoe.integration.bench_cuda import bench_virtual_ranks
-from megatron_scalemoe.ops.cuda import CudaTransport, SymmetricBuffers, gather_rows, sum_rows
+from megatron_scalemoe.bench.cuda import bench_virtual_ranks
+from megatron_scalemoe.ops.transports.cuda import CudaTransport, SymmetricBuffers, gather_rows, sum_rows
 from tests.ops.emulated import Case, Inputs, Outputs, differing, expected_outputs, make_inputs
 
 CASES = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_scalemoe.ops import cuda
+from megatron_scalemoe.ops.transports import cuda
 from tests.ops.emulated import SOURCES
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))

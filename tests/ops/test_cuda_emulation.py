@@ -12,9 +12,9 @@ import subprocess
 import pytest
 import torch
 
+from megatron_scalemoe.bench.cuda import bench_virtual_ranks
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.integration.bench_cuda import bench_virtual_ranks
-from megatron_scalemoe.ops.cuda import Limits, gather_rows, sum_rows
+from megatron_scalemoe.ops.transports.cuda import Limits, gather_rows, sum_rows
 from tests.ops.emulated import (
     SOURCES,
     Case,

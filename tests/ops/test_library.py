@@ -1,10 +1,11 @@
-"""The exchange ops on one rank, over the plain-torch twin: schemas, fake shapes, gradients. Several ranks: tests/distributed."""
+"""The exchange ops on one rank, over the plain-torch twin: schemas, fake shapes, gradients. Several ranks: tests/dispatch."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_scalemoe.ops import library, reference, transport
+from megatron_scalemoe.ops import library, reference
+from megatron_scalemoe.ops.transports import registry as transport
 
 EXPERTS = torch.tensor([[0, 2], [1, -1], [-1, -1], [2, 3], [0, 1]], dtype=torch.int32)
 NUM_LOCAL = 4

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_scalemoe.placement.hierarchical import hierarchical_homes, solve_hierarchical
-from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from tests.placement.search_cases import assert_balanced, clustered_problem, uneven_ports
 
 

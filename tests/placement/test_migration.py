@@ -20,7 +20,7 @@ from megatron_scalemoe.placement.migration import (
     rounds,
     state_bytes,
 )
-from megatron_scalemoe.plan import EMPTY, PlacementPlan
+from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan
 from megatron_scalemoe.topology.ports import two_level_ports
 from tests.placement.tiny import random_ports
 

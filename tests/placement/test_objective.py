@@ -7,8 +7,8 @@ from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.replicas import replica_us
 from megatron_scalemoe.placement.objective import exchange_us, home_cost_us, placement_cost, slots_of_hosts, solution_cost
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
-from megatron_scalemoe.plan import EMPTY
-from megatron_scalemoe.split import balanced_shares
+from megatron_scalemoe.plan.placement_plan import EMPTY
+from megatron_scalemoe.plan.split import balanced_shares
 from megatron_scalemoe.topology.ports import Ports, two_level_ports
 from megatron_scalemoe.traffic.matrices import distinct_factor
 from megatron_scalemoe.traffic.trace import LayerTraffic

@@ -9,7 +9,7 @@ from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.policy import ReplanPolicy
 from megatron_scalemoe.placement.replan import ReplanOptions, replan
-from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.topology.ports import two_level_ports
 from megatron_scalemoe.traffic.trace import RoutingTrace
 

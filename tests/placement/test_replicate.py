@@ -23,8 +23,8 @@ from megatron_scalemoe.placement.replicate_start import (
     packed_beside_homes,
     packed_replicas,
 )
-from megatron_scalemoe.plan import PlacementPlan
-from megatron_scalemoe.split import balanced_max_load
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
+from megatron_scalemoe.plan.split import balanced_max_load
 from megatron_scalemoe.topology.ports import two_level_ports
 from megatron_scalemoe.traffic.synthetic import synthesize
 from megatron_scalemoe.traffic.trace import LayerTraffic

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_scalemoe.placement.sequences import assign_sequences, cluster_sequences
-from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.traffic.affinity import AffinityTable
 
 

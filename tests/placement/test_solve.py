@@ -8,7 +8,7 @@ from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.objective import home_cost_us, solution_cost
 from megatron_scalemoe.placement.solve import BASELINES, SOLVERS, solve_layer, solve_trace
-from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.topology.ports import two_level_ports
 from megatron_scalemoe.traffic.synthetic import synthesize
 from tests.placement.search_cases import assert_balanced, clustered_problem

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_scalemoe.plan import PlacementPlan, save_plan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan, save_plan
 from megatron_scalemoe.topology.builders import build_topology
-from megatron_scalemoe.topology.files import save_topology
 from megatron_scalemoe.topology.graph import Topology
+from megatron_scalemoe.topology.topology_file import save_topology
 from megatron_scalemoe.traffic.trace import RoutingTrace, save_trace
 
 TIMES = {"dispatch_us": 200.0, "combine_us": 210.0, "compute_us": 500.0, "replica_us": 0.0}

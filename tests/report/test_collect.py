@@ -3,7 +3,7 @@ import os
 import pytest
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.plan import save_plan
+from megatron_scalemoe.plan.placement_plan import save_plan
 from megatron_scalemoe.report.collect import collect
 from tests.report import small_run
 from tests.report.small_run import write_json, write_run

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from megatron_scalemoe.cost.model import CostModel
-from megatron_scalemoe.plan import PlacementPlan, save_plan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan, save_plan
 from megatron_scalemoe.report.collect import collect
 from megatron_scalemoe.report.html import make_report
-from megatron_scalemoe.topology.files import save_topology
 from megatron_scalemoe.topology.graph import Link, Topology, Vertex
+from megatron_scalemoe.topology.topology_file import save_topology
 from megatron_scalemoe.traffic.trace import RoutingTrace, save_trace
 from tests.report import small_run
 from tests.report.small_run import write_json, write_run

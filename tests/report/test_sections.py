@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from megatron_scalemoe.cost.model import CostModel
-from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.report.collect import Run, collect
-from megatron_scalemoe.report.figures_trace import NO_TOKENS
+from megatron_scalemoe.report.figures.trace import NO_TOKENS
 from megatron_scalemoe.report.sections import choose, tell
 from megatron_scalemoe.topology.builders import build_topology
 from megatron_scalemoe.traffic.trace import RoutingTrace

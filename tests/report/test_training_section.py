@@ -4,8 +4,8 @@ from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.report.collect import collect
 from megatron_scalemoe.report.sections import tell
 from tests.report import small_run
+from tests.report.figures.svg import texts
 from tests.report.small_run import write_json
-from tests.report.svg import texts
 from tests.report.training import history, replan, write_stages, write_training
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megatron_scalemoe.cost.layer import plan_cost
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.simulate.engine import replanned, replay_fixed, replay_plans
 from megatron_scalemoe.topology.routes import compute_routes
 from megatron_scalemoe.traffic.trace import RoutingTrace

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.traffic.affinity import AffinityTable
 
 RANKS, EXPERTS, LAYERS, VOCABULARY = 4, 8, 3, 10

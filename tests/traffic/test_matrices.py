@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scalemoe.plan import EMPTY
+from megatron_scalemoe.plan.placement_plan import EMPTY
 from megatron_scalemoe.traffic.matrices import (
     SMALL,
     distinct_factor,

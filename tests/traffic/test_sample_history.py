@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megatron_scalemoe.plan import PlacementPlan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.traffic.sample_history import SampleHistory
 
 PLAN = PlacementPlan.contiguous(2, 2, 4)

@@ -1,0 +1,1 @@
+"""Live balance: plans in force, what is recorded and measured, replicas, sequences, migration."""

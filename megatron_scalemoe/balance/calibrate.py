@@ -1,0 +1,112 @@
+"""What the planner must know of this job: the ports of an expert-parallel group, and how long experts take for a row."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.mcore.experts import ScaleMoEGroupedMLP
+from megatron_scalemoe.topology.ports import Ports, ports_of, two_level_ports
+from megatron_scalemoe.topology.routes import compute_routes
+from megatron_scalemoe.topology.topology_file import load_topology
+
+_ROWS, _MOST_OPERATIONS = 4096, 2e10
+_PROBE_BYTES = 4 << 20
+_REPEATS = 5
+
+
+def group_ports(topology_path: str | None) -> Ports:
+    """The ports of the first expert-parallel group of this pipeline stage: of the topology in the file, or measured. Collective.
+
+    The file must have a GPU for each rank of the job, or of one expert-parallel group. Measured is one all-to-all, and every rank taken for
+    equally near. Raises `ScaleMoEError` if the file does not fit.
+    """
+    group = parallel_state.get_expert_model_parallel_group()
+    if topology_path is None:
+        return two_level_ports(1, group.size(), scale_up_GBps=_measured_bandwidth_GBps(group))
+    topology = load_topology(Path(topology_path))
+    first = [dist.get_process_group_ranks(group)]
+    stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    dist.broadcast_object_list(first, group_src=0, group=stage)
+    if topology.num_ranks not in (group.size(), dist.get_world_size()):
+        expected = f"{dist.get_world_size()}, for each rank of the job, or {group.size()}, for an expert-parallel group"
+        raise ScaleMoEError(f"--scalemoe-topology {topology_path} must have as many GPUs: {expected}", found=topology.num_ranks)
+    ports = ports_of(topology, compute_routes(topology))
+    return ports if topology.num_ranks == group.size() else _of_ranks(ports, first[0])
+
+
+def measured_cost(config: TransformerConfig, experts: ScaleMoEGroupedMLP, micro_batches: int) -> CostModel:
+    """The cost model of this model's MoE layers, with the speed of the experts measured on all ranks at once. Collective."""
+    cost = CostModel(
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.moe_ffn_hidden_size,
+        gated=config.gated_linear_unit,
+        bytes_per_value=config.params_dtype.itemsize,
+        micro_batches=micro_batches,
+    )
+    rows = int(min(_ROWS, _MOST_OPERATIONS / (6 * cost.expert_parameters))) // experts.num_local_experts * experts.num_local_experts
+    us_per_row = _experts_us(experts, max(rows, experts.num_local_experts)) / max(rows, experts.num_local_experts)
+    return dataclasses.replace(cost, gpu_TFLOPs=6 * cost.expert_parameters / (_mean_over_ranks(us_per_row) * 1e6))
+
+
+def _experts_us(experts: ScaleMoEGroupedMLP, rows: int) -> float:
+    """Forward and backward of so many rows; nothing is left in the parameters' gradients."""
+    like = {"dtype": experts.fc1.dtype, "device": experts.fc1.device}
+    x_RD = torch.ones(rows, experts.fc1.shape[2], **like).requires_grad_()
+    counts_L = torch.full((experts.num_local_experts,), rows // experts.num_local_experts)
+    probs_R = torch.ones(rows, device=like["device"])
+    times_us = []
+    for _ in range(_REPEATS):
+        _synchronize()
+        began = time.perf_counter()
+        y_RD = experts.compute(x_RD, counts_L, probs_R, experts.fc1, experts.fc2)
+        torch.autograd.grad(y_RD, (x_RD, experts.fc1, experts.fc2), torch.ones_like(y_RD))
+        _synchronize()
+        times_us.append((time.perf_counter() - began) * 1e6)
+    return statistics.median(times_us)
+
+
+def _measured_bandwidth_GBps(group: dist.ProcessGroup) -> float:
+    """What each rank sends to the others in an all-to-all, 10^9 bytes a second."""
+    sent = torch.zeros(_PROBE_BYTES // group.size() * group.size(), dtype=torch.uint8, device=torch.cuda.current_device())
+    received, times_s = torch.empty_like(sent), []
+    for _ in range(_REPEATS):
+        dist.barrier(group)
+        _synchronize()
+        began = time.perf_counter()
+        dist.all_to_all_single(received, sent, group=group)
+        _synchronize()
+        times_s.append(time.perf_counter() - began)
+    leaves = sent.numel() * (group.size() - 1) / group.size()
+    return leaves / _mean_over_ranks(statistics.median(times_s)) / 1e9
+
+
+def _mean_over_ranks(value: float) -> float:
+    """Of this pipeline stage, so that its ranks agree."""
+    stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    total = torch.tensor([value], dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(total, group=stage)
+    return float(total) / stage.size()
+
+
+def _of_ranks(ports: Ports, ranks: list[int]) -> Ports:
+    nodes, node_of_rank = np.unique(ports.node_of_rank[ranks], return_inverse=True)
+    by_rank = ("scale_up_in_GBps", "scale_up_out_GBps", "scale_out_in_GBps", "scale_out_out_GBps")
+    chosen = {name: getattr(ports, name)[ranks] for name in by_rank}
+    chosen |= {name: getattr(ports, name)[nodes] for name in ("node_in_GBps", "node_out_GBps")}
+    return dataclasses.replace(ports, node_of_rank=node_of_rank.reshape(-1), **chosen)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,99 @@
+"""The plans of a live run: the one to start with, this pipeline stage's part of it, and all stages' parts together again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_scalemoe.config import ScaleMoEConfig
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan, load_plan
+
+
+def start_plan(scalemoe: ScaleMoEConfig, num_layers: int, num_ranks: int, num_experts: int) -> PlacementPlan:
+    """The plan of the whole model that a run starts with: `--scalemoe-plan`, or Megatron's own placement, with the slots for replicas.
+
+    Raises `ScaleMoEError` if the file is for another model or other expert-parallel ranks, or has more replica slots than allowed.
+    """
+    if scalemoe.plan is None:
+        return PlacementPlan.contiguous(num_layers, num_ranks, num_experts, replica_slots_per_rank=(scalemoe.replicas or 0) // num_ranks)
+    plan = load_plan(Path(scalemoe.plan))
+    check_fits_model(plan, f"--scalemoe-plan {scalemoe.plan}", num_layers, num_ranks, num_experts)
+    if scalemoe.replicas is None:
+        return plan
+    return with_replica_slots(plan, scalemoe.replicas // num_ranks)
+
+
+def check_fits_model(plan: PlacementPlan, source: str, num_layers: int, num_ranks: int, num_experts: int) -> None:
+    """Raises `ScaleMoEError` unless the plan is for so many MoE layers, expert-parallel ranks and experts."""
+    made_for, wanted = (plan.num_layers, plan.num_ranks, plan.num_logical_experts), (num_layers, num_ranks, num_experts)
+    if made_for != wanted:
+        problem = "{} must be for {} MoE layers, {} expert-parallel ranks and {} experts".format(source, *wanted)
+        raise ScaleMoEError(problem, found="{}, {} and {}".format(*made_for), try_="scalemoe plan with a trace of this model")
+
+
+def with_replica_slots(plan: PlacementPlan, per_rank: int) -> PlacementPlan:
+    """The same plan with so many replica slots on each rank. Raises `ScaleMoEError` if its replicas do not fit."""
+    slots_LGS = plan.physical_to_logical.reshape(plan.num_layers, plan.num_ranks, -1)
+    homes, replicas = slots_LGS[:, :, : plan.homes_per_rank], slots_LGS[:, :, plan.homes_per_rank :]
+    in_use = np.take_along_axis(replicas, np.argsort(replicas == EMPTY, axis=2, kind="stable"), 2)
+    if (in_use[:, :, per_rank:] != EMPTY).any():
+        found = f"{int((replicas != EMPTY).sum(axis=2).max())} on a rank"
+        raise ScaleMoEError(
+            f"the plan must not have more than {per_rank} replicas on a rank", found=found, try_="a larger --scalemoe-replicas"
+        )
+    padding = np.full((*homes.shape[:2], max(0, per_rank - in_use.shape[2])), EMPTY)
+    slots = np.concatenate([homes, in_use[:, :, :per_rank], padding], axis=2)
+    return PlacementPlan(slots.reshape(plan.num_layers, -1), plan.num_ranks, plan.num_logical_experts, plan.provenance)
+
+
+def stage_plan(plan: PlacementPlan, rows: Sequence[int]) -> PlacementPlan:
+    """The part of a whole model's plan for the MoE layers in these rows."""
+    return PlacementPlan(plan.physical_to_logical[list(rows)], plan.num_ranks, plan.num_logical_experts, plan.provenance)
+
+
+def whole_plan(part: PlacementPlan | None, rows: Sequence[int], num_layers: int) -> PlacementPlan:
+    """The plan of all pipeline stages from each one's part (None for a stage without MoE layers). Collective over pipeline ranks."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    parts: list = [None] * group.size()
+    dist.all_gather_object(parts, part and (list(rows), part.physical_to_logical, part.num_ranks, part.num_logical_experts), group=group)
+    parts = [found for found in parts if found is not None]
+    slots = np.full((num_layers, parts[0][1].shape[1]), EMPTY)
+    for some_rows, some_slots, _, _ in parts:
+        slots[some_rows] = some_slots
+    return PlacementPlan(slots, parts[0][2], parts[0][3])
+
+
+def plan_beside(path: Path, num_layers: int, ranks_and_experts: tuple[int, int], replicas: int | None) -> tuple[PlacementPlan | None, str]:
+    """The plan saved with a checkpoint, or None and the reason why it cannot be used: "" where none was saved, as by stock Megatron.
+
+    Rank 0 reads. Collective over all ranks.
+    """
+    found: list = [None, ""]
+    if dist.get_rank() == 0 and path.exists():
+        try:
+            plan = load_plan(path)
+            check_fits_model(plan, str(path), num_layers, *ranks_and_experts)
+            found[0] = plan if replicas is None else with_replica_slots(plan, replicas // plan.num_ranks)
+        except ScaleMoEError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found)
+    return found[0], found[1]
+
+
+def check_same_plan(plan: PlacementPlan) -> None:
+    """Raises `ScaleMoEError` on every rank of the pipeline stage unless all have the same plan. Collective."""
+    stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    mine = int(plan.content_hash[:15], 16)
+    hashes = torch.zeros(stage.size(), dtype=torch.int64, device=torch.cuda.current_device())
+    hashes[stage.rank()] = mine
+    dist.all_reduce(hashes, group=stage)
+    differing = (hashes != hashes[0]).nonzero()[:, 0].tolist()
+    if differing:
+        ranks = dist.get_process_group_ranks(stage)
+        raise ScaleMoEError("all ranks must have the same plan", found=f"rank {ranks[differing[0]]} has another than rank {ranks[0]}")

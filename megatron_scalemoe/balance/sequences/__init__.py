@@ -1,0 +1,1 @@
+"""Which data-parallel rank computes which sequence of a global batch."""

@@ -1,0 +1,1 @@
+"""What `scalemoe bench` and `scalemoe topology measure` run on the ranks."""

@@ -1,0 +1,148 @@
+"""`scalemoe bench`: measurements, each with its baseline from the same run."""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+from megatron_scalemoe.cli.bench import kernels as bench_kernels
+from megatron_scalemoe.cli.bench import live as bench_live
+from megatron_scalemoe.cli.bench import solvers as bench_solvers
+from megatron_scalemoe.cli.bench import split as bench_split
+from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.torchrun import run_ranks
+from megatron_scalemoe.cli.train_extra import require_train_extra
+from megatron_scalemoe.config import TRANSPORTS
+from megatron_scalemoe.environment import describe_environment
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.files import check_output, read_document
+from megatron_scalemoe.units import format_bytes
+
+WORKER = "megatron_scalemoe.bench.dispatch"
+BASELINE = "alltoall"
+DISPATCHERS = (BASELINE, "allgather", "padded", "scalemoe")
+# Largest accepted `max_rel_error` against the baseline: rounding of sums taken in another order stays far below.
+TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds `bench dispatch` to the command line."""
+    bench = commands.add_parser("bench", help="measure, with the baseline in the same run", allow_abbrev=False, description=__doc__)
+    kinds = bench.add_subparsers(title="benchmarks", metavar="WHAT", required=True)
+    text = "dispatch + combine, forward and backward, against Megatron's stock alltoall dispatcher"
+    parser = kinds.add_parser("dispatch", help=text, description=text, allow_abbrev=False)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per rank (default %(default)s)")
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size (default %(default)s)")
+    parser.add_argument("--experts", type=int, default=8, help="experts in all, a multiple of --ranks (default %(default)s)")
+    parser.add_argument("--topk", type=int, default=2, help="experts per token (default %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks on this machine = expert-parallel size (default %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="fp32", help="payload type (default %(default)s)")
+    parser.add_argument("--skew", type=float, default=1.0, help="Zipf exponent of the experts' load, 0 = uniform (default %(default)s)")
+    parser.add_argument(
+        "--dispatchers", nargs="+", choices=DISPATCHERS, default=list(DISPATCHERS), help=f"default all; {BASELINE} is always measured"
+    )
+    parser.add_argument(
+        "--transport",
+        nargs="+",
+        choices=[name for name in TRANSPORTS if name != "auto"],
+        help="what `scalemoe` is measured over, each beside the others and compared bit for bit (default: collective, and shm or cuda if it"
+        " can be had)",
+    )
+    parser.add_argument("--iters", type=int, default=20, help="measured iterations (default %(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="iterations before them (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of tokens and routing (default %(default)s)")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds after which all ranks are stopped (default %(default)g)")
+    parser.add_argument("--result", type=Path, metavar="FILE", help=f"show what ranks started as `-m {WORKER}` wrote, instead of measuring")
+    add_output_flags(parser)
+    parser.set_defaults(handler=run_dispatch)
+    bench_kernels.add_parser(kinds)
+    bench_live.add_parser(kinds)
+    bench_solvers.add_parser(kinds)
+    bench_split.add_parser(kinds)
+
+
+def run_dispatch(args: argparse.Namespace) -> int:
+    """Launches the ranks and reports. Exit code 3 if a dispatcher's results differ from the baseline's, or the transports' at all."""
+    check_output(args.output, force=args.force)
+    result = _measure(args) if args.result is None else read_document(args.result).data
+    result["env"] = {**describe_environment(["scalemoe", *sys.argv[1:]]), **result.get("env", {})}
+    emit(args, result, format_result(result))
+    problems = _problems(result)
+    for problem in problems:
+        print(f"check failed: {problem}", file=sys.stderr)
+    return CHECK_FAILED if problems else OK
+
+
+def _problems(result: dict) -> list[str]:
+    tolerance = TOLERANCE[result["rows"][0]["dtype"]]
+    wrong = [f"{row['dispatcher']} ({row['transport']})" for row in result["rows"] if not row["max_rel_error"] <= tolerance]
+    problems = [f"{', '.join(wrong)} differ from {BASELINE} by more than {tolerance:g}"] if wrong else []
+    if not result.get("transports_same_bits", True):
+        problems.append("scalemoe's results depend on the transport")
+    return problems
+
+
+def _measure(args: argparse.Namespace) -> dict:
+    validate(args)
+    require_train_extra("scalemoe bench dispatch")
+    with tempfile.TemporaryDirectory(prefix="scalemoe-bench-") as folder:
+        result_file = Path(folder) / "result.json"
+        arguments = worker_arguments(args, result_file)
+        run_ranks(WORKER, arguments, ranks=args.ranks, timeout=args.timeout, quiet=args.quiet)
+        return json.loads(result_file.read_text(encoding="utf-8"))
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Raises `ScaleMoEError` for numbers that no dispatcher could run with."""
+    for name in ("tokens", "hidden", "experts", "topk", "ranks", "iters"):
+        if getattr(args, name) < 1:
+            raise ScaleMoEError(f"--{name} must be 1 or more", found=getattr(args, name))
+    for name in ("warmup", "seed"):
+        if getattr(args, name) < 0:
+            raise ScaleMoEError(f"--{name} must be 0 or more", found=getattr(args, name))
+    if not (math.isfinite(args.skew) and args.skew >= 0):
+        raise ScaleMoEError("--skew must be a finite number, 0 or more", found=args.skew)
+    if not (math.isfinite(args.timeout) and args.timeout > 0):
+        raise ScaleMoEError("--timeout must be a finite number of seconds above 0", found=args.timeout)
+    if args.topk > args.experts:
+        raise ScaleMoEError("--topk cannot exceed --experts", found=f"--topk {args.topk} --experts {args.experts}")
+    if args.experts % args.ranks:
+        raise ScaleMoEError("--experts must be a multiple of --ranks", found=f"--experts {args.experts} --ranks {args.ranks}")
+
+
+def worker_arguments(args: argparse.Namespace, result_file: Path) -> list[str]:
+    """The worker's command line: the same flags, the baseline first, and where to put the result."""
+    numbers = ("tokens", "hidden", "experts", "topk", "ranks", "dtype", "skew", "iters", "warmup", "seed", "timeout")
+    flags = [part for name in numbers for part in (f"--{name}", str(getattr(args, name)))]
+    dispatchers = list(dict.fromkeys([BASELINE, *args.dispatchers]))
+    transports = ["--transport", *dict.fromkeys(args.transport)] if args.transport else []
+    return [*flags, "--dispatchers", *dispatchers, *transports, "--result-file", str(result_file)]
+
+
+def format_result(result: dict) -> str:
+    """The table that people read."""
+    headers = ["dispatcher", "transport", "ranks", "dtype", "median ms", "p90 ms", "bytes out", "ratio to stock", "max rel error"]
+    rows = [
+        [
+            row["dispatcher"],
+            row["transport"],
+            row["ranks"],
+            row["dtype"],
+            f"{row['median_ms']:.2f}",
+            f"{row['p90_ms']:.2f}",
+            format_bytes(row["bytes_out"]),
+            f"{row['ratio_to_stock']:.2f}",
+            f"{row['max_rel_error']:.1e}",
+        ]
+        for row in result["rows"]
+    ]
+    notes = []
+    if any(row["transport"] != "collective" for row in result["rows"]):
+        notes.append("bytes out are those of collectives: rows that go through shared memory or our CUDA kernels are not counted")
+    if "transports_same_bits" in result:
+        notes.append(
+            f"scalemoe's outputs and gradients over its transports: {'the same bits' if result['transports_same_bits'] else 'DIFFER'}"
+        )
+    return "\n".join([format_table(headers, rows), *notes])

@@ -1,0 +1,115 @@
+"""`scalemoe bench live`: training under skewed routing with live balance, beside stock Megatron on the same batches."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.torchrun import run_ranks
+from megatron_scalemoe.cli.train_extra import require_train_extra
+from megatron_scalemoe.config import EXPERTS
+from megatron_scalemoe.environment import describe_environment
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.files import check_output
+
+WORKER = "megatron_scalemoe.bench.live"
+# Name, default, least value, help.
+NUMBERS = (
+    ("ranks", 4, 2, "ranks on this machine = expert-parallel size"),
+    ("experts", 16, 1, "experts in each layer, a multiple of --ranks"),
+    ("topk", 2, 1, "experts per token"),
+    ("hidden", 256, 1, "hidden size"),
+    ("ffn", 512, 1, "inner size of an expert"),
+    ("layers", 2, 1, "layers, all of them MoE"),
+    ("seq", 128, 1, "tokens of a sequence"),
+    ("micro_batch", 8, 1, "sequences of a rank's micro-batch"),
+    ("micro_batches", 2, 1, "micro-batches of a step"),
+    ("replicas", 4, 1, "extra slots per layer, in all; a multiple of --ranks"),
+    ("steps", 60, 2, "optimizer steps of each variant"),
+    ("refresh", 10, 1, "steps between replans, and that each is made from; less than --steps"),
+    ("seed", 0, 0, "seed of weights, tokens and skew"),
+)
+# Largest accepted difference of any step's loss from stock's.
+TOLERANCE = 1e-4
+
+
+def add_parser(kinds: argparse._SubParsersAction) -> None:
+    """Adds `bench live` to the command line."""
+    text = "training with live balance (replicas, per-step split, replans) against stock Megatron: balance, experts' time, speed, loss"
+    parser = kinds.add_parser("live", help=text, description=text, allow_abbrev=False)
+    for name, default, _, help_text in NUMBERS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"{help_text} (default %(default)s)")
+    parser.add_argument("--zipf", type=float, default=1.2, help="exponent of the experts' popularity (default %(default)s)")
+    parser.add_argument("--experts-module", choices=EXPERTS, default="grouped", help="of scalemoe without replicas (default %(default)s)")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds after which all ranks are stopped (default %(default)g)")
+    add_output_flags(parser)
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Launches the ranks and reports. Exit code 3 if the loss of a variant differs from stock's."""
+    validate(args)
+    check_output(args.output, force=args.force)
+    require_train_extra("scalemoe bench live")
+    with tempfile.TemporaryDirectory(prefix="scalemoe-bench-") as folder:
+        result_file = Path(folder) / "result.json"
+        run_ranks(WORKER, worker_arguments(args, result_file), ranks=args.ranks, timeout=args.timeout, quiet=args.quiet)
+        result = json.loads(result_file.read_text(encoding="utf-8"))
+    result["env"] = {**describe_environment(["scalemoe", *sys.argv[1:]]), **result.get("env", {})}
+    emit(args, result, format_result(result))
+    wrong = [row["variant"] for row in result["rows"] if not row["max_loss_error"] <= TOLERANCE]
+    if wrong:
+        print(f"check failed: the loss of {', '.join(wrong)} differs from stock's by more than {TOLERANCE:g}", file=sys.stderr)
+    return CHECK_FAILED if wrong else OK
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Raises `ScaleMoEError` for numbers that no run could have."""
+    for name, _, least, _ in NUMBERS:
+        if getattr(args, name) < least:
+            raise ScaleMoEError(f"--{name.replace('_', '-')} must be {least} or more", found=getattr(args, name))
+    for name in ("experts", "replicas"):
+        if getattr(args, name) % args.ranks:
+            raise ScaleMoEError(f"--{name} must be a multiple of --ranks", found=f"--{name} {getattr(args, name)} --ranks {args.ranks}")
+    if args.topk > args.experts:
+        raise ScaleMoEError("--topk cannot exceed --experts", found=f"--topk {args.topk} --experts {args.experts}")
+    if args.refresh >= args.steps:
+        raise ScaleMoEError("--refresh must be less than --steps", found=f"--refresh {args.refresh} --steps {args.steps}")
+    if not (math.isfinite(args.zipf) and args.zipf >= 0):
+        raise ScaleMoEError("--zipf must be a finite number, 0 or more", found=args.zipf)
+    if not (math.isfinite(args.timeout) and args.timeout > 0):
+        raise ScaleMoEError("--timeout must be a finite number of seconds above 0", found=args.timeout)
+
+
+def worker_arguments(args: argparse.Namespace, result_file: Path) -> list[str]:
+    """The worker's command line: the same flags, and where to put the result."""
+    names = (*(name for name, *_ in NUMBERS), "zipf", "experts_module", "timeout")
+    flags = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    return [*flags, "--result-file", str(result_file)]
+
+
+def format_result(result: dict) -> str:
+    """The table that people read, and below it how long the plans took."""
+    headers = ["variant", "max/mean", "p95", "max", "experts ms", "(CPU)", "replicas ms", "replanning ms"]
+    headers += ["step ms", "tokens/s", "ratio to stock", "max loss error"]
+    lines = [format_table(headers, [_cells(row) for row in result["rows"]])]
+    waits_s = [plan["waited_s"] for plan in result["plans"]]
+    changed = sum(plan.get("changed", False) for plan in result["plans"])
+    lines.append(
+        f"{len(waits_s)} plans for live, {changed} with a change; each took {statistics.median(waits_s):.2f} s (median), not in its steps"
+    )
+    return "\n".join(lines)
+
+
+def _cells(row: dict) -> list[str]:
+    took_turns = "step_ms" in row
+    speed = [f"{row['step_ms']:.1f}", f"{row['tokens_per_s']:.0f}", f"{row['ratio_to_stock']:.2f}"] if took_turns else ["", "", ""]
+    balance = [f"{row[name]:.3f}" for name in ("max_over_mean", "max_over_mean_p95", "max_over_mean_max")]
+    times = [f"{row[name]:.1f}" for name in ("expert_ms", "expert_cpu_ms")] + [f"{row[name]:.2f}" for name in ("replica_ms", "exposed_ms")]
+    return [row["variant"], *balance, *times, *speed, f"{row['max_loss_error']:.1e}"]

@@ -1,0 +1,1 @@
+"""The commands that plan, compare, replay and price placements."""

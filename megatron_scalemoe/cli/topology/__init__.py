@@ -1,0 +1,1 @@
+"""`scalemoe topology`."""

@@ -1,0 +1,1 @@
+"""Ranks that die, hang or disagree, found and named."""

@@ -1,0 +1,1 @@
+"""Checkpoints in Megatron's format: saved, loaded, and checked against what was saved."""

@@ -1,0 +1,1 @@
+"""ScaleMoE in Megatron-LM's own training scripts."""

@@ -1,0 +1,1 @@
+"""What the ranks of a group exchange rows through, beside the collectives of torch.distributed."""

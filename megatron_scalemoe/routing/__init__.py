@@ -1,1 +1,0 @@
-"""Routing: statistics of what the router chose, and forced routing for benchmarks."""

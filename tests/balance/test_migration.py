@@ -1,0 +1,147 @@
+"""Migration of expert homes: bitwise the same state by logical expert, for every optimizer; all or nothing with planted faults."""
+
+import pytest
+import torch
+
+from tests.rank_pool import pool
+
+DISTRIBUTED = {"distributed_optimizer": True}
+TENSORS = ["exp_avg", "exp_avg_sq", "param", "weight"]  # the oracle lists the main copy, which is the weight itself in fp32
+
+
+def on_ranks(ranks: int, name: str, *args, **kwargs) -> list:
+    return pool(ranks).run(_call, name, args, kwargs)
+
+
+def _call(name: str, args: tuple, kwargs: dict):
+    from tests.balance import migration_case
+
+    return getattr(migration_case, name)(*args, **kwargs)
+
+
+def check(results: list[dict], tensors: list[str] = TENSORS) -> None:
+    for result in results:
+        assert result["report"].ok and result["back"].ok, result["report"].reason
+        assert result["different"] == [] and result["different_back"] == []
+        assert result["homes_fit"]
+        assert result["tensors"] == tensors
+        assert result["distinct"] > 0.4  # the experts differ, so an expert in another's place is seen
+        assert result["report"].num_moved == result["expected_moves"] == result["back"].num_moved
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, DISTRIBUTED, {"bf16": True, **DISTRIBUTED}], ids=str)
+def test_two_ranks(options):
+    results = on_ranks(2, "migrate", {"ep": 2, **options}, seed=1)
+    check(results)
+    expert_bytes = 2 * 64 * 32 * (2 + 4 + 4 + 4 if options.get("bf16") else 4 + 4 + 4)
+    for result in results:
+        assert result["experts"] == 16
+        assert result["report"].num_moved > 0
+        assert result["report"].bytes_moved == result["report"].num_moved * (expert_bytes + 32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ep": 4, **DISTRIBUTED},
+        {"ep": 2, **DISTRIBUTED},
+        {"ep": 2, "bf16": True, **DISTRIBUTED},
+        {"ep": 2, "bf16": True},
+        {"ep": 2, "tp": 2, **DISTRIBUTED},
+        {"ep": 2, "pp": 2},
+    ],
+    ids=str,
+)
+def test_four_ranks(options):
+    check(on_ranks(4, "migrate", options, seed=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_expert_cut_by_the_distributed_optimizer(dtype):
+    layer = (("gated_linear_unit", True), ("moe_shared_expert_intermediate_size", 32))
+    options = {"ep": 2, "experts": 6, "options": layer, "dtype": dtype, **DISTRIBUTED}
+    results = on_ranks(4, "migrate", options, seed=1, layer=True)
+    check(results)
+    assert any(result["cut"] for result in results)
+
+
+OVERLAP = {"ep": 2, "overlap": True, "bf16": True, **DISTRIBUTED}
+
+
+def test_weights_that_are_not_gathered_yet():
+    """With overlap, the other ranks' shares of the weights are those of the step before until the next forward."""
+    check(on_ranks(4, "migrate", OVERLAP, seed=2, gathered=False))
+
+
+@pytest.mark.parametrize(("ranks", "options"), [(2, {"ep": 2}), (4, OVERLAP)], ids=str)
+def test_training_goes_on_after_a_round_trip(ranks, options):
+    for want, got, old_weights in on_ranks(ranks, "losses_after_a_round_trip", options):
+        assert got == want
+        assert old_weights == ("overlap" in options)
+
+
+@pytest.mark.parametrize(("ranks", "options"), [(2, {"bf16": True}), (4, DISTRIBUTED)], ids=str)
+def test_checkpoints_are_the_same(ranks, options, tmp_path):
+    assert on_ranks(ranks, "checkpoint_differences", tmp_path, {"ep": 2, **options}) == [[]] * ranks
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16, **DISTRIBUTED}], ids=str)
+def test_expert_tensor_parallel(options):
+    check(on_ranks(4, "migrate", {"ep": 2, "tp": 2, "expert_tp": 2, **options}, seed=1, layer=True))
+
+
+@pytest.mark.parametrize("options", [{"ep": 2}, {"ep": 1, **DISTRIBUTED}, {"ep": 1, "bf16": True}], ids=str)
+def test_slots_within_ranks(options):
+    results = on_ranks(2, "migrate", options, seed=1, within_ranks=True)
+    check(results)
+    assert results[0]["report"].num_moved == results[0]["report"].bytes_moved == 0
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, DISTRIBUTED], ids=str)
+def test_before_the_first_step(options):
+    check(on_ranks(2, "migrate", {"ep": 2, "steps": 0, **options}, seed=1), tensors=["param", "weight"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("no memory", "rank 1: MemoryError"),
+        ("changed bit", "was changed on its way"),
+        ("swapped values", "was changed on its way"),
+        ("other expert", "was due"),
+        ("cannot pack", "rank 1: MemoryError"),
+        ("unknown parameter", "rank 1: MemoryError"),
+    ],
+)
+def test_a_fault_on_one_rank_changes_nothing_anywhere(fault, said):
+    results = on_ranks(2, "refused", {"ep": 2, "bf16": True}, fault, rank=1)
+    for result in results:
+        assert not result["report"].ok
+        assert said in result["report"].reason and "rank" in result["report"].reason
+        assert result["report"].reason == results[0]["report"].reason
+        assert result["kept"] and result["different"] == []
+        assert result["again"] and result["different_again"] == []
+
+
+def test_a_fault_between_shares_of_the_distributed_optimizer():
+    for result in on_ranks(4, "refused", {"ep": 2, **DISTRIBUTED}, "cannot pack", rank=2):
+        assert not result["report"].ok and result["kept"] and result["different"] == [] and result["again"]
+
+
+@pytest.mark.parametrize("lost", ["fc1 exp_avg", "fc2 exp_avg_sq", "fc1 main", "fc2 weight"])
+def test_the_comparison_sees_a_tensor_that_stayed_behind(lost):
+    name, kind = lost.replace("main", "param").split()
+    for different in on_ranks(2, "lost_tensor", {"ep": 2, "bf16": True}, lost):
+        assert different and all(name in entry and kind in entry for entry in different)
+
+
+def test_ranks_with_other_plans_are_refused():
+    for other_new, other_old, other_size in on_ranks(2, "other_plans"):
+        assert not other_new.ok and "rank 1 disagrees with rank 0" in other_new.reason
+        assert not other_old.ok and "rank 1: layer 0: the homes must be those of the old plan" in other_old.reason
+        assert not other_size.ok and "rank 0: layer 0: the plan must be for 2 ranks with 4 homes each" in other_size.reason
+
+
+def test_a_lost_expert_is_an_error_on_all_ranks():
+    for message in on_ranks(2, "lost_expert"):
+        assert "layer 1: after the migration the home slots must hold experts" in message

@@ -1,0 +1,162 @@
+"""`scalemoe bench dispatch`: what it refuses, what it asks of the ranks, and what it makes of their answer."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_scalemoe.cli import train_extra
+from megatron_scalemoe.cli.bench import command as bench
+from megatron_scalemoe.cli.main import build_parser, main
+
+
+def row(dispatcher: str, **changes) -> dict:
+    values = {
+        "dispatcher": dispatcher,
+        "transport": "collective",
+        "ranks": 2,
+        "dtype": "fp32",
+        "median_ms": 12.345,
+        "p90_ms": 15.0,
+        "bytes_out": 1 << 20,
+        "ratio_to_stock": 0.5,
+        "max_rel_error": 1e-7,
+    }
+    return {**values, **changes}
+
+
+@pytest.fixture
+def fake_ranks(monkeypatch):
+    """Replaces the launch: the ranks' rows are set by the test, and their command lines are recorded."""
+    calls = []
+
+    def answer_with(rows, **more):
+        def run_ranks(module, arguments, **kwargs):
+            calls.append((module, arguments, kwargs))
+            Path(arguments[arguments.index("--result-file") + 1]).write_text(json.dumps({"rows": rows, **more}))
+
+        monkeypatch.setattr(bench, "run_ranks", run_ranks)
+        monkeypatch.setattr(bench, "require_train_extra", lambda command: None)
+        return calls
+
+    return answer_with
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokens", "0"], "--tokens must be 1 or more"),
+        (["--hidden", "-1"], "--hidden must be 1 or more"),
+        (["--experts", "0"], "--experts must be 1 or more"),
+        (["--topk", "0"], "--topk must be 1 or more"),
+        (["--ranks", "0"], "--ranks must be 1 or more"),
+        (["--iters", "0"], "--iters must be 1 or more"),
+        (["--warmup", "-1"], "--warmup must be 0 or more"),
+        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--skew", "-0.5"], "--skew must be a finite number"),
+        (["--skew", "nan"], "--skew must be a finite number"),
+        (["--timeout", "0"], "--timeout must be a finite number"),
+        (["--timeout", "inf"], "--timeout must be a finite number"),
+        (["--topk", "9"], "--topk cannot exceed --experts"),
+        (["--ranks", "3"], "--experts must be a multiple of --ranks"),
+    ],
+)
+def test_impossible_numbers_are_user_errors(flags, message, capsys, fake_ranks):
+    calls = fake_ranks([])
+    assert main(["bench", "dispatch", *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert calls == []
+
+
+def test_an_existing_output_is_refused_before_anything_runs(tmp_path, capsys, fake_ranks):
+    calls = fake_ranks([row("alltoall")])
+    path = tmp_path / "r.json"
+    path.write_text("old")
+    assert main(["bench", "dispatch", "-o", str(path)]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert calls == []
+    assert path.read_text() == "old"
+
+
+def test_missing_packages_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(train_extra, "installed_version", lambda name: None if name == "psutil" else "1")
+    assert main(["bench", "dispatch"]) == 1
+    assert "not installed: psutil" in capsys.readouterr().err
+
+
+def test_the_ranks_get_every_flag_and_the_baseline(fake_ranks, capsys):
+    calls = fake_ranks([row("alltoall"), row("scalemoe")])
+    assert main(["bench", "dispatch", "--tokens", "64", "--dtype", "bf16", "--dispatchers", "scalemoe", "--timeout", "9", "--quiet"]) == 0
+    module, arguments, kwargs = calls[0]
+    assert module == "megatron_scalemoe.bench.dispatch"
+    assert kwargs == {"ranks": 2, "timeout": 9.0, "quiet": True}
+    assert " ".join(arguments[:-2]) == (
+        "--tokens 64 --hidden 1024 --experts 8 --topk 2 --ranks 2 --dtype bf16 --skew 1.0 --iters 20 --warmup 3 --seed 0 --timeout 9.0"
+        " --dispatchers alltoall scalemoe"
+    )
+
+
+def test_no_dispatcher_is_measured_twice():
+    args = build_parser().parse_args(["bench", "dispatch", "--dispatchers", "padded", "alltoall", "padded"])
+    arguments = bench.worker_arguments(args, Path("r.json"))
+    assert arguments[arguments.index("--dispatchers") + 1 : -2] == ["alltoall", "padded"]
+
+
+def test_transports_are_passed_on_once(fake_ranks):
+    calls = fake_ranks([row("alltoall")])
+    assert main(["bench", "dispatch", "--transport", "collective", "shm", "collective", "--quiet"]) == 0
+    assert "--transport collective shm --result-file" in " ".join(calls[0][1])
+
+
+def test_json_has_the_agreed_keys(fake_ranks, capsys):
+    fake_ranks([row("alltoall"), row("scalemoe")])
+    assert main(["bench", "dispatch", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == {"rows", "env"}
+    keys = {"dispatcher", "transport", "ranks", "dtype", "median_ms", "p90_ms", "bytes_out", "ratio_to_stock", "max_rel_error"}
+    assert set(result["rows"][0]) == keys
+    assert {"command", "date", "torch", "megatron_core", "cpu", "cores"} <= set(result["env"])
+
+
+def test_table(fake_ranks, capsys):
+    fake_ranks([row("alltoall", ratio_to_stock=1.0), row("scalemoe")])
+    assert main(["bench", "dispatch"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "dispatcher"
+    assert lines[3].split() == ["scalemoe", "collective", "2", "fp32", "12.35", "15.00", "1.0", "MiB", "0.50", "1.0e-07"]
+
+
+def test_the_table_says_what_bytes_do_not_count_and_that_transports_agree(fake_ranks, capsys):
+    fake_ranks([row("alltoall"), row("scalemoe"), row("scalemoe", transport="shm", bytes_out=0)], transports_same_bits=True)
+    assert main(["bench", "dispatch"]) == 0
+    *_, shm, bytes_note, bits_note = capsys.readouterr().out.splitlines()
+    assert shm.split()[:2] == ["scalemoe", "shm"]
+    assert "rows that go through shared memory or our CUDA kernels are not counted" in bytes_note
+    assert "the same bits" in bits_note
+
+
+def test_transports_that_disagree_fail_the_check(fake_ranks, capsys):
+    fake_ranks([row("alltoall"), row("scalemoe"), row("scalemoe", transport="shm")], transports_same_bits=False)
+    assert main(["bench", "dispatch"]) == 3
+    assert "check failed: scalemoe's results depend on the transport" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [0.1, float("nan")])
+def test_a_wrong_result_fails_the_check(error, fake_ranks, capsys):
+    fake_ranks([row("alltoall"), row("scalemoe", max_rel_error=error)])
+    assert main(["bench", "dispatch"]) == 3
+    captured = capsys.readouterr()
+    assert "check failed: scalemoe (collective) differ from alltoall" in captured.err
+    assert "dispatcher" in captured.out
+
+
+def test_a_result_of_ranks_started_elsewhere_is_shown_and_checked(tmp_path, capsys):
+    """As examples/slurm/bench.sbatch does."""
+    result = tmp_path / "ranks.json"
+    result.write_text(json.dumps({"rows": [row("alltoall", ranks=32, ratio_to_stock=1.0), row("scalemoe", ranks=32)]}))
+    assert main(["bench", "dispatch", "--result", str(result), "-o", str(tmp_path / "bench.json")]) == 0
+    assert "scalemoe" in capsys.readouterr().out
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"][1]["ranks"] == 32
+    result.write_text(json.dumps({"rows": [row("alltoall", dtype="bf16"), row("scalemoe", dtype="bf16", max_rel_error=0.1)]}))
+    assert main(["bench", "dispatch", "--result", str(result)]) == 3
+    assert "scalemoe (collective) differ from alltoall by more than 0.01" in capsys.readouterr().err

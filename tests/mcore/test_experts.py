@@ -1,0 +1,199 @@
+"""Grouped experts against Megatron's SequentialMLP: weights at start, results, gradients, training, and what a checkpoint holds."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.rank_pool import pool
+
+SWIGLU = (("gated_linear_unit", True), ("activation_func", torch.nn.functional.silu))
+OPTIONS = {
+    "plain": (),
+    "swiglu": SWIGLU,
+    "swiglu-fused": (*SWIGLU, ("bias_activation_fusion", True)),
+    "probs-on-input": (("moe_apply_probs_on_input", True), ("moe_router_topk", 1), ("moe_router_pre_softmax", True)),
+    "other-ffn-size": (("moe_ffn_hidden_size", 24),),
+}
+COUNTS = {"some": [5, 0, 9, 1], "one hot": [0, 0, 7, 0], "none": [0, 0, 0, 0]}
+EXPERT_TP = {"tp": 2, "ep": 2, "expert_tp": 2}
+
+
+def result_differences(case_values: dict) -> dict[str, float]:
+    """On a rank: largest difference of each tensor between SequentialMLP and ours, relative to the largest value."""
+    from tests.mcore.experts_case import LayerCase, make_experts, run_experts
+
+    case, differences = LayerCase(**case_values), {}
+    for title, counts in COUNTS.items():
+        sequential, grouped = (run_experts(make_experts(case, kind), counts) for kind in ("sequential", "grouped"))
+        for name, expected in sequential.items():
+            assert grouped[name].shape == expected.shape and grouped[name].dtype == expected.dtype
+            largest = [float(tensor.double().abs().max()) if tensor.numel() else 0.0 for tensor in (grouped[name] - expected, expected)]
+            differences[f"{name}, {title}"] = largest[0] / max(largest[1], 1e-20)
+    return differences
+
+
+def check_results(world_size: int, case_values: dict) -> None:
+    tolerance = 1e-2 if case_values.get("dtype") is torch.bfloat16 else 1e-6
+    for differences in pool(world_size).run(result_differences, case_values):
+        assert len(differences) == 5 * len(COUNTS)
+        assert max(differences.values()) <= tolerance, differences
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_and_gradients(name, dtype):
+    check_results(2, {"ep": 2, "dtype": dtype, "options": OPTIONS[name]})
+
+
+@pytest.mark.parametrize("name", ["plain", "swiglu"])
+def test_results_with_expert_tensor_parallel(name):
+    check_results(4, {**EXPERT_TP, "options": OPTIONS[name]})
+
+
+def gradient_of_a_sum() -> bool:
+    from tests.mcore.experts_case import LayerCase, make_experts
+
+    experts = make_experts(LayerCase(), "grouped")
+    y, _ = experts(torch.ones(3, 16), torch.tensor([1, 0, 2, 0]), torch.ones(3))
+    y.sum().backward()
+    return bool(experts.fc2.grad[2].abs().sum() > 0)
+
+
+def test_an_expanded_gradient_is_accepted():
+    assert all(pool(2).run(gradient_of_a_sum))
+
+
+def starts_alike(case_values: dict) -> bool:
+    """Same weights, same marks on the parameters, and the random generators left in the same state."""
+    from tests.mcore.experts_case import LayerCase, get_cuda_rng_tracker, make_experts, stacked
+
+    case, starts = LayerCase(**case_values), []
+    for kind in ("sequential", "grouped"):
+        experts = make_experts(case, kind)
+        starts.append((experts, torch.get_rng_state(), get_cuda_rng_tracker().get_states()))
+    (sequential, rng_state, tracked), (grouped, our_rng_state, our_tracked) = starts
+    assert torch.equal(rng_state, our_rng_state)
+    assert all(torch.equal(state, our_tracked[name]) for name, state in tracked.items())
+    one = sequential.local_experts[0]
+    for ours, stock in ((grouped.fc1, one.linear_fc1.weight), (grouped.fc2, one.linear_fc2.weight)):
+        names = ("allreduce", "tensor_model_parallel", "partition_stride")
+        assert [getattr(ours, name) for name in names] == [getattr(stock, name) for name in names]
+        assert ours.partition_dim == stock.partition_dim + 1
+    weights, our_weights = stacked(sequential), stacked(grouped)
+    return all(torch.equal(weights[name], our_weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_initial_weights(on_cpu, dtype):
+    options = (("use_cpu_initialization", on_cpu), *SWIGLU)
+    assert all(pool(2).run(starts_alike, {"ep": 2, "dtype": dtype, "options": options}))
+    assert all(pool(4).run(starts_alike, {**EXPERT_TP, "dtype": dtype, "options": options}))
+
+
+def same_checkpoint_entries(case_values: dict, singleton: bool, sharded_offsets: tuple) -> int:
+    """Compares every sharded tensor and object that both modules describe; how many there are."""
+    from tests.mcore.experts_case import LayerCase, make_experts, sharded_entries
+
+    case, metadata = LayerCase(**case_values), {"singleton_local_shards": singleton}
+    sequential, grouped = (sharded_entries(make_experts(case, kind), sharded_offsets, metadata) for kind in ("sequential", "grouped"))
+    assert sequential.keys() == grouped.keys()
+    for place, (description, tensor) in sequential.items():
+        our_description, our_tensor = grouped[place]
+        assert our_description == description
+        assert tensor is our_tensor is None or torch.equal(tensor, our_tensor)
+    return len(sequential)
+
+
+@pytest.mark.parametrize("singleton", [False, True])
+@pytest.mark.parametrize(("name", "entries"), [("plain", 4 * 4), ("swiglu", 4 * 5)])
+def test_checkpoint_entries(name, entries, singleton):
+    for sharded_offsets in ((), ((0, 1, 3),)):
+        values = {**EXPERT_TP, "options": OPTIONS[name]}
+        assert pool(4).run(same_checkpoint_entries, values, singleton, sharded_offsets) == [entries] * 4
+
+
+OPTIMIZERS = {
+    "plain": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "distributed": {"distributed_optimizer": True},
+}
+
+
+def train_save_and_load(directory: str, saver: dict, readers: list[dict]) -> list[dict]:
+    """Trains a layer, saves it, and continues both that run and each reader's; losses, and whether readers save the same checkpoint."""
+    from tests.mcore.experts_case import layer_training, load_checkpoint, save_checkpoint, stored_differences
+
+    training = layer_training(**saver)
+    training.losses(2)
+    first = save_checkpoint(Path(directory) / "first", 2, [training.model], training.optimizer)
+    want, results = training.losses(2), []
+    for number, reader in enumerate(readers):
+        resumed = layer_training(**{**saver, "scale": 1.5, **reader})
+        load_checkpoint(Path(directory) / "first", [resumed.model], resumed.optimizer)
+        again = save_checkpoint(Path(directory) / f"again{number}", 2, [resumed.model], resumed.optimizer)
+        results.append({"want": want, "got": resumed.losses(2), "differences": stored_differences(first, again)})
+    return results
+
+
+def check_round_trip(world_size: int, saver: dict, readers: list[dict]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        for results in pool(world_size).run(train_save_and_load, directory, saver, readers):
+            for result in results:
+                assert result["differences"] == []
+                assert result["got"] == pytest.approx(result["want"], rel=1e-5)
+
+
+@pytest.mark.parametrize("grouped_first", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_checkpoint_moves_between_megatron_and_grouped_experts(name, grouped_first):
+    saver = {"ep": 2, "options": SWIGLU, "grouped": grouped_first, **OPTIMIZERS[name]}
+    check_round_trip(2, saver, [{"grouped": not grouped_first}, {"grouped": not grouped_first, "ep": 1}, {}])
+
+
+@pytest.mark.parametrize("grouped_first", [False, True])
+def test_checkpoint_moves_between_expert_parallel_sizes(grouped_first):
+    saver = {"ep": 4, "grouped": grouped_first}
+    check_round_trip(4, saver, [{"grouped": not grouped_first, "ep": 2}, {"grouped": not grouped_first, "ep": 1}])
+
+
+def training_losses(layout: dict) -> list[list[float]]:
+    from tests.mcore.experts_case import layer_training
+
+    return [layer_training(**layout, grouped=grouped).losses(4) for grouped in (False, True)]
+
+
+@pytest.mark.parametrize("layout", [{"ep": 4}, {"ep": 1, "distributed_optimizer": True}, EXPERT_TP], ids=str)
+def test_training_gives_the_same_losses(layout):
+    for sequential, grouped in pool(4).run(training_losses, {**layout, "options": SWIGLU}):
+        assert grouped == pytest.approx(sequential, rel=1e-6)
+        assert len(set(sequential)) == 4
+
+
+def refusal(options: tuple) -> str:
+    from tests.mcore.experts_case import GROUPED, LayerCase, ScaleMoEError, check_supported, transformer_config
+
+    try:
+        check_supported(transformer_config(LayerCase(options=options), "alltoall"), GROUPED)
+    except ScaleMoEError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ((), ""),
+        ((("add_bias_linear", True),), "--disable-bias-linear"),
+        ((("moe_ffn_hidden_size", 22),), "--moe-ffn-hidden-size 22"),
+        ((("hidden_size", 20), ("bf16", True), ("params_dtype", torch.bfloat16)), "--hidden-size 20"),
+        ((("moe_apply_probs_on_input", True),), "--moe-apply-probs-on-input and --moe-router-topk 2"),
+        ((("gated_linear_unit", True), ("bias_activation_fusion", True)), "--no-bias-gelu-fusion"),
+    ],
+    ids=str,
+)
+def test_unsupported_options_are_refused(options, flag):
+    for message in pool(2).run(refusal, options):
+        assert flag in message if flag else message == ""

@@ -1,0 +1,70 @@
+"""Our router counts what it routed, once per trained token, and can force a skew."""
+
+import pytest
+import torch
+
+from megatron_scalemoe.config import ScaleMoEConfig
+from megatron_scalemoe.ops.token_counts import max_over_mean
+from tests.rank_pool import pool
+
+RECOMPUTE = (("recompute_granularity", "selective"), ("recompute_modules", ["moe"]))
+
+
+def routed_counts(options: tuple, training: bool, config: ScaleMoEConfig) -> list[int]:
+    """`tokens_per_expert` after two forwards and backwards of 24 tokens, top-2."""
+    from tests.mcore.megatron_case import LayerCase, make_layer
+
+    layer = make_layer(LayerCase(options=options, scalemoe=config), "scalemoe").train(training)
+    for _ in range(2):
+        x = torch.randn(12, 2, 16, requires_grad=True)
+        layer(x)[0].sum().backward()
+    return layer.router.tokens_per_expert.tolist()
+
+
+@pytest.mark.parametrize("options", [(), RECOMPUTE])
+def test_each_token_is_counted_once(options):
+    for counts in pool(2).run(routed_counts, options, True, ScaleMoEConfig()):
+        assert sum(counts) == 2 * 24 * 2
+
+
+def test_evaluation_is_not_counted():
+    for counts in pool(2).run(routed_counts, (), False, ScaleMoEConfig()):
+        assert counts == [0] * 8
+
+
+def test_forced_skew():
+    skewed = pool(2).run(routed_counts, (), True, ScaleMoEConfig(force_skew=3.0))
+    for counts in skewed:
+        assert counts[0] > 40, counts  # nearly every one of 48 tokens
+        assert max_over_mean(torch.tensor(counts), 2) > 1.7
+    assert skewed[0] != skewed[1], "both ranks drew the same numbers"
+
+
+def skewed_with_recomputation() -> float:
+    """Difference of the input gradient with and without recomputation, under forced skew: both forwards must route alike."""
+    from tests.mcore.megatron_case import LayerCase, run_layer
+
+    config = ScaleMoEConfig(force_skew=1.0)
+    plain = run_layer(LayerCase(scalemoe=config), "scalemoe")
+    again = run_layer(LayerCase(scalemoe=config, options=RECOMPUTE), "scalemoe")
+    return float((plain["grad x"] - again["grad x"]).abs().max())
+
+
+def test_recomputation_draws_the_same_skew():
+    assert pool(2).run(skewed_with_recomputation) == [0.0, 0.0]
+
+
+def load_of(config: ScaleMoEConfig) -> float | None:
+    from megatron_scalemoe.mcore.metrics import mean_rank_load
+    from tests.mcore.megatron_case import LayerCase, make_layer
+
+    layer = make_layer(LayerCase(scalemoe=config), "scalemoe").train()
+    layer(torch.randn(12, 2, 16, requires_grad=True))
+    loads = mean_rank_load([layer]), mean_rank_load([layer])
+    assert loads[1] == 1.0, "the counts were not reset"
+    return loads[0]
+
+
+def test_mean_rank_load_is_the_same_on_all_ranks():
+    loads = pool(2).run(load_of, ScaleMoEConfig(force_skew=3.0))
+    assert loads[0] == loads[1] > 1.5

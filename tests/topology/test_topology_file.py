@@ -1,0 +1,159 @@
+"""Topology files: both forms come back the same, and every mistake is named with its line."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.topology.builders import BUILDERS
+from megatron_scalemoe.topology.graph import Override
+from megatron_scalemoe.topology.health import find_suspicious
+from megatron_scalemoe.topology.ports import ports_of
+from megatron_scalemoe.topology.routes import compute_routes
+from megatron_scalemoe.topology.topology_file import format_topology, load_topology, save_topology
+from tests.topology.small import SMALL
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "topologies"
+FULL = """\
+schema_version: 1
+name: two GPUs
+vertices:
+- {name: a, kind: gpu, node: 0}
+- {name: s, kind: switch}
+- {name: b, kind: gpu, node: 1}
+links:
+- {source: a, target: s, bandwidth_GBps: 50, latency_us: 1}
+- {source: s, target: a, bandwidth_GBps: 50, latency_us: 1}
+- {source: b, target: s, bandwidth_GBps: 50, latency_us: 1}
+- {source: s, target: b, bandwidth_GBps: 50, latency_us: 1}
+overrides:
+- {target: node1, scale: 0.5}
+"""
+BUILT = """\
+schema_version: 1
+builder: rail_optimized
+parameters:
+  nodes: 2
+  gpus_per_node: 2
+overrides:
+- {target: node1, scale: 0.5}
+"""
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_built_topology_comes_back_from_its_short_form(name, tmp_path):
+    topology, path = SMALL[name], tmp_path / "topo.yaml"
+    save_topology(topology, path)
+    loaded = load_topology(path)
+    assert loaded.content_hash == topology.content_hash
+    assert loaded.overrides == topology.overrides
+    assert len(path.read_text().splitlines()) < 15
+    assert format_topology(loaded) == format_topology(topology)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_example_is_a_sound_cluster(path):
+    topology = load_topology(path)
+    routes = compute_routes(topology)
+    slow = {finding.where for finding in find_suspicious(topology, routes, ports_of(topology, routes))}
+    assert slow == ({"node 3"} if path.stem == "p4d_heterogeneous" else set())
+
+
+def test_there_are_examples():
+    assert len(list(EXAMPLES.glob("*.yaml"))) > 5
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_any_topology_comes_back_from_its_full_form(name, tmp_path):
+    topology, path = dataclasses.replace(SMALL[name], builder=None), tmp_path / "topo.yaml"
+    save_topology(topology, path)
+    loaded = load_topology(path)
+    assert loaded.content_hash == topology.content_hash
+    assert (loaded.name, loaded.links, loaded.ranks) == (topology.name, topology.links, topology.ranks)
+    assert loaded.builder is None
+
+
+def test_small_numbers_and_strange_names_survive(tmp_path):
+    topology = dataclasses.replace(SMALL["ring"].overridden(Override("node0", bandwidth_GBps=1e-07)), builder=None, name="no: 'ring' # 1")
+    save_topology(topology, tmp_path / "a.yaml")
+    loaded = load_topology(tmp_path / "a.yaml")
+    assert (loaded.name, loaded.content_hash) == (topology.name, topology.content_hash)
+
+
+def test_json_is_read_too(tmp_path):
+    path = tmp_path / "topo.json"
+    path.write_text(json.dumps({"schema_version": 1, "builder": "torus", "parameters": {"dims": [3, 4], "gpus_per_node": 4}}))
+    assert load_topology(path).content_hash == SMALL["torus"].content_hash
+
+
+def test_overrides_apply_to_both_forms(tmp_path):
+    for text, link in ((FULL, ("s", "b")), (BUILT, ("group0/rail0", "node1/nic0"))):
+        (tmp_path / "t.yaml").write_text(text)
+        assert load_topology(tmp_path / "t.yaml").graph.edges[link]["bandwidth_GBps"] == 25
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new", "message"),
+    [
+        (FULL, "kind: switch", "kind: router", "t.yaml:5: vertices.1.kind: must be one of gpu, switch"),
+        (FULL, "kind: switch", "knd: switch", "t.yaml:5: vertices.1.knd: unknown field"),
+        (FULL, "node: 1}", "node: one}", "t.yaml:6: vertices.2.node: must be an integer"),
+        (FULL, ", node: 1}", "}", "t.yaml:6: vertices.2.*node"),
+        (FULL, "source: b", "source: c", "t.yaml:10: links.2.source: must be the name of a vertex"),
+        (
+            FULL,
+            "target: b, bandwidth_GBps: 50",
+            "target: b, bandwidth_GBps: 0",
+            "t.yaml:11: links.3.bandwidth_GBps: must be finite and above 0",
+        ),
+        (FULL, "target: b, bandwidth_GBps: 50", "target: b, bandwidth_GBps: .nan", "t.yaml:11: links.3.bandwidth_GBps: must be a finite"),
+        (FULL, "target: b, bandwidth_GBps: 50,", "target: b,", "t.yaml:11: links.3: 'bandwidth_GBps' is missing"),
+        (FULL, "- {source: b, target: s, bandwidth_GBps: 50, latency_us: 1}\n", "", "t.yaml:7: links: b cannot reach a"),
+        (FULL, "- {source: s, target: b", "- 3\n- {source: s, target: b", "t.yaml:11: links.3: must be a mapping"),
+        (FULL, "schema_version: 1", "schema_version: 2", "t.yaml:1: schema_version: must be 1"),
+        (FULL, "name: two GPUs", "nane: two GPUs", "t.yaml:2: nane: unknown field"),
+        (FULL, "target: node1", "target: node7", "t.yaml:13: overrides.0.target: no link matches"),
+        (FULL, "scale: 0.5", "scale: -1", "t.yaml:13: overrides.0.scale: must be finite and above 0"),
+        (FULL, ", scale: 0.5", "", "t.yaml:13: overrides.0: override of node1: give either"),
+        (BUILT, "rail_optimized", "rail", "t.yaml:2: builder: must be one of dgx_a100"),
+        (BUILT, "nodes: 2", "nods: 2", "t.yaml:4: parameters.nods: rail_optimized has no such parameter"),
+        (BUILT, "gpus_per_node: 2", "gpus_per_node: 2.5", "t.yaml:5: parameters.gpus_per_node: must be an integer"),
+        (BUILT, "gpus_per_node: 2", "3: 2", "names must be text"),
+        (BUILT, "builder: rail_optimized", "builder: rail_optimized\nlinks: []", "t.yaml:3: links: unknown field"),
+        (BUILT, "  nodes: 2\n  gpus_per_node: 2", "- 2", "t.yaml:3: parameters: must be a mapping"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(tmp_path, text, old, new, message):
+    assert text.count(old) == 1
+    path = tmp_path / "t.yaml"
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ScaleMoEError, match=message):
+        load_topology(path)
+
+
+def test_mutated_files_raise_nothing_but_our_error(tmp_path):
+    rng, path, accepted = random.Random(0), tmp_path / "t.yaml", 0
+    for text in (FULL, BUILT) * 150:
+        characters = list(text)
+        for _ in range(rng.randint(1, 4)):
+            characters[rng.randrange(len(characters))] = rng.choice("0123456789abg-:{}[],.'\"#&*!|\n\t ~é")
+        path.write_text("".join(characters))
+        try:
+            load_topology(path)
+            accepted += 1
+        except ScaleMoEError:
+            pass
+    assert 0 < accepted < 200
+
+
+def test_an_existing_file_is_kept_without_force(tmp_path):
+    path = tmp_path / "topo.yaml"
+    save_topology(BUILDERS["ring"](), path)
+    with pytest.raises(ScaleMoEError, match="exists"):
+        save_topology(BUILDERS["torus"](), path)
+    assert load_topology(path).builder == "ring"
+    save_topology(BUILDERS["torus"](), path, force=True)
+    assert load_topology(path).builder == "torus"
