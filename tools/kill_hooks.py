@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_scalemoe.mcore import cpu_ranks
-from megatron_scalemoe.placement.background import BackgroundPlanner
 from megatron_scalemoe.placement.migration import moves
-from megatron_scalemoe.placement.replan import Replan
+from megatron_scalemoe.placement.replan.background import BackgroundPlanner
+from megatron_scalemoe.placement.replan.replan import Replan
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "gpt_moe"

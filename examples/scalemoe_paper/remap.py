@@ -12,8 +12,8 @@ from paper import RANKS, TOPK
 from workload import Workload
 
 from megatron_scalemoe.cost.model import CostModel
-from megatron_scalemoe.placement.genetic import solve_genetic
 from megatron_scalemoe.placement.problem import LayerProblem
+from megatron_scalemoe.placement.solvers.genetic import solve_genetic
 from megatron_scalemoe.traffic.trace import LayerTraffic, RoutingTrace
 
 

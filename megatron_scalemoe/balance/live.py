@@ -30,9 +30,9 @@ from megatron_scalemoe.config import DEFAULT_REPLAN_INTERVAL, ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import SCHEMA_VERSION
 from megatron_scalemoe.mcore.expert_state import check_migration_support
-from megatron_scalemoe.placement.background import BackgroundPlanner
-from megatron_scalemoe.placement.policy import ReplanPolicy
-from megatron_scalemoe.placement.replan import Replan, ReplanOptions
+from megatron_scalemoe.placement.replan.background import BackgroundPlanner
+from megatron_scalemoe.placement.replan.policy import ReplanPolicy
+from megatron_scalemoe.placement.replan.replan import Replan, ReplanOptions
 from megatron_scalemoe.plan.placement_plan import PlacementPlan, format_plan
 from megatron_scalemoe.traffic.trace import RoutingTrace, save_trace
 

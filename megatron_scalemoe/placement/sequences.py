@@ -16,7 +16,7 @@ import dataclasses
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from megatron_scalemoe.placement.transport import assign_to_bins
+from megatron_scalemoe.placement.transportation import assign_to_bins
 
 # Scores are compared in steps of one millionth.
 SCORE_UNIT = 2**20

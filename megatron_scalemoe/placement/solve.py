@@ -10,20 +10,20 @@ import numpy as np
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.placement.baselines import contiguous_homes, solve_contiguous, solve_greedy, solve_random
-from megatron_scalemoe.placement.bounds import lower_bound_us
-from megatron_scalemoe.placement.clustering import solve_clustering
+from megatron_scalemoe.placement.bound import lower_bound_us
 from megatron_scalemoe.placement.defaults import SOLVER, TIME_BUDGET_S
-from megatron_scalemoe.placement.exact import solve_exact
 from megatron_scalemoe.placement.gap import gap_to
-from megatron_scalemoe.placement.genetic import solve_genetic, solve_genetic_paper
-from megatron_scalemoe.placement.hierarchical import solve_hierarchical
-from megatron_scalemoe.placement.local_search import solve_local_search
-from megatron_scalemoe.placement.memetic import solve_memetic
 from megatron_scalemoe.placement.objective import solution_cost
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
 from megatron_scalemoe.placement.processes import run_jobs
-from megatron_scalemoe.placement.replicate import add_replicas
+from megatron_scalemoe.placement.replicas.replicate import add_replicas
+from megatron_scalemoe.placement.solvers.baselines import contiguous_homes, solve_contiguous, solve_greedy, solve_random
+from megatron_scalemoe.placement.solvers.clustering import solve_clustering
+from megatron_scalemoe.placement.solvers.exact import solve_exact
+from megatron_scalemoe.placement.solvers.genetic import solve_genetic, solve_genetic_paper
+from megatron_scalemoe.placement.solvers.hierarchical import solve_hierarchical
+from megatron_scalemoe.placement.solvers.local_search import solve_local_search
+from megatron_scalemoe.placement.solvers.memetic import solve_memetic
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.topology.ports import Ports
 from megatron_scalemoe.traffic.trace import LayerTraffic, RoutingTrace

@@ -112,7 +112,7 @@ class _Pricing:
 
     def lower_bound_us(self, plans: list[PlacementPlan]) -> float:
         """No placement with as many slots as `plans`, or as the flags allow, costs less. Of a plan file, the slots may be more."""
-        from megatron_scalemoe.placement.bounds import lower_bound_us
+        from megatron_scalemoe.placement.bound import lower_bound_us
         from megatron_scalemoe.placement.problem import LayerProblem
 
         experts, ranks = self.trace.num_experts, self.trace.num_ranks

@@ -167,8 +167,8 @@ def _totals(layers: list[dict]) -> dict:
 
 
 def _decision(total: dict, micro_batches: int, horizon_steps: int) -> dict:
-    """Whether to move, as `placement.policy` sees it, by optimizer steps."""
-    from megatron_scalemoe.placement.policy import ReplanPolicy, should_replan
+    """Whether to move, as `placement.replan.policy` sees it, by optimizer steps."""
+    from megatron_scalemoe.placement.replan.policy import ReplanPolicy, should_replan
 
     old_us, new_us = total["cost_us_old"] * micro_batches, total["cost_us_new"] * micro_batches
     decision = should_replan(old_us, new_us, total["migration_us"], ReplanPolicy(horizon_steps=horizon_steps))

@@ -1,0 +1,1 @@
+"""Replicas of experts: constructions, and their improvement."""

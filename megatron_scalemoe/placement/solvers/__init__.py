@@ -1,0 +1,1 @@
+"""Homes of experts: the search, and what it is compared with."""
