@@ -1,48 +1,53 @@
-"""Reading and writing the planner's files: written whole or not at all, read with errors that name file, line and field."""
+"""Reading and writing files: written whole or not at all, read with errors that name file, line and field."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_scalemoe.errors import ScaleMoEError
+
+# yaml and pydantic only here and in functions: every sub-command imports this module, and --help must be quick.
+if TYPE_CHECKING:
+    import yaml
+
+    from megatron_scalemoe.typed import ModelT
 
 SCHEMA_VERSION = 1
 _REQUIRED: Any = object()
 _KINDS = {int: "an integer", float: "a finite number", str: "text", bool: "true or false", list: "a list", dict: "a mapping"}
 
 
-def check_output(path: Path | None, *, force: bool) -> None:
-    """Raises `ScaleMoEError` if `--output` could not be written: called before a long run, not only after it."""
-    if path is None:
-        return
+def check_writable(path: Path, *, force: bool) -> None:
+    """Raises `ScaleMoEError` if `path` could not be written: called before a long run, not only after it."""
     # Not Path's own tests: they raise on a name that is too long.
     if os.path.isdir(path):
-        raise ScaleMoEError("--output must name a file", found=f"the directory {path}")
+        raise ScaleMoEError("must name a file, not a directory", place=str(path))
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ScaleMoEError("--output must name a regular file: it is replaced by a new one", found=f"the device or pipe {path}")
+        raise ScaleMoEError("must be a regular file, not a device or pipe: it is replaced by a new one", place=str(path))
     if os.path.exists(path) and not force:
-        raise ScaleMoEError(f"--output: {path} exists", try_="--force to overwrite it, or another name")
+        raise ScaleMoEError("the file exists", try_="another name", place=str(path))
     if not os.path.isdir(path.parent):
-        raise ScaleMoEError("--output: the directory does not exist", found=path.parent, try_=f"mkdir -p {path.parent}")
+        raise ScaleMoEError("the directory does not exist", try_=f"mkdir -p {path.parent}", place=str(path))
     if not os.access(path.parent, os.W_OK):
-        raise ScaleMoEError("--output: the directory is not writable", found=path.parent)
+        raise ScaleMoEError("the directory is not writable", place=str(path))
 
 
 def write_atomically(path: Path, content: str | bytes, *, force: bool) -> None:
     """Writes a file through a temporary one beside it, so that no reader ever sees half of it. Overwrites only with `force`."""
-    check_output(path, force=force)
+    check_writable(path, force=force)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as error:
-        raise ScaleMoEError(f"--output: cannot write {path}", found=error) from error
+        raise ScaleMoEError("cannot write the file", found=error, place=str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # the first error is the one to tell
             temporary.unlink(missing_ok=True)
@@ -53,28 +58,61 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ScaleMoEError(f"{path}: cannot read the file", found=error.strerror or error) from error
+        raise ScaleMoEError("cannot read the file", found=error.strerror or error, place=str(path)) from error
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """A parsed JSON or YAML file whose fields are fetched with checks. `field` is the path of keys and indices to a value."""
+    """A parsed JSON or YAML file. A `field` is the path of keys and indices to a value."""
 
     path: Path
     text: str
     data: dict
 
+    def parse(self, model: type[ModelT]) -> ModelT:
+        """All of it as a typed model (`typed.Model`). Raises `ScaleMoEError` naming file, line and field."""
+        from megatron_scalemoe.typed import check
+
+        try:
+            return check(model, self.data)
+        except ScaleMoEError as error:
+            raise self.located(error) from error
+
+    def located(self, error: ScaleMoEError) -> ScaleMoEError:
+        """An error about the file's content, with the file and the line of the error's field."""
+        return error.at(self.place(error.field))
+
     def error(self, field: tuple, problem: str, *, found: object = None, try_: str | None = None) -> ScaleMoEError:
         """The error to raise about one field: names the file, the line and the field."""
-        name = ".".join(map(str, field))
-        return ScaleMoEError(
-            f"{self.place(field)}: {name}: {problem}" if name else f"{self.place(field)}: {problem}", found=found, try_=try_
-        )
+        return ScaleMoEError(problem, found=found, try_=try_, field=field, place=self.place(field))
 
     def place(self, field: tuple) -> str:
-        """`file.yaml:12`, the line of the field; without a line if it cannot be told."""
-        line = _line_of(self.text, field)
-        return f"{self.path}:{line}" if line else str(self.path)
+        """`file.yaml:12`, the line of the field, or of the last of its parents that there is."""
+        return _place(self.path, self._line_of(field))
+
+    def _line_of(self, field: tuple) -> int | None:
+        node = self._node
+        line = node and _line(node)
+        for key in field:
+            if node is not None and node.id == "mapping":
+                key_node, node = next(((k, v) for k, v in node.value if k.value == str(key)), (None, None))
+                line = _line(key_node) if key_node is not None else line
+            elif node is not None and node.id == "sequence" and isinstance(key, int) and key < len(node.value):
+                node = node.value[key]
+                line = _line(node)
+            else:
+                return line
+        return line
+
+    @functools.cached_property
+    def _node(self) -> yaml.Node | None:
+        """The content with its lines (JSON is YAML); None if they cannot be told."""
+        import yaml
+
+        try:
+            return yaml.compose(self.text, Loader=_yaml_loader())
+        except (yaml.YAMLError, RecursionError, ValueError):
+            return None
 
     def get(self, field: tuple, kind: type, default: Any = _REQUIRED) -> Any:
         """The value at `field`, which must be a `kind` (`int` counts as `float`; NaN and infinities never do)."""
@@ -90,7 +128,7 @@ class Document:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         ok = is_number and -1e300 < value < 1e300 and math.isfinite(value) if kind is float else isinstance(value, kind)
         if not ok or (kind is int and isinstance(value, bool)):
-            raise self.error(field, f"must be {_KINDS[kind]}", found=_short(value))
+            raise self.error(field, f"must be {_KINDS[kind]}", found=repr(value)[:80])
         return float(value) if kind is float else value
 
     def only_keys(self, field: tuple, allowed: set[str]) -> None:
@@ -112,56 +150,87 @@ class Document:
 
 
 def read_document(path: Path) -> Document:
-    """Parses a `.json` file as JSON and any other as YAML. Raises `ScaleMoEError` naming file and line unless it is one mapping."""
-    import yaml  # here, as in `_line_of`: every sub-command imports this module, and --help must be quick
+    """Parses a `.json` file as JSON and any other as YAML. Raises `ScaleMoEError` naming file and line unless it is one mapping, and no
+    mapping in it has a name twice."""
+    import yaml
 
     try:
         text = read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ScaleMoEError(f"{path}: not a text file", found=f"byte {error.start} is not UTF-8") from error
+        raise ScaleMoEError("not a text file", found=f"byte {error.start} is not UTF-8", place=str(path)) from error
     try:
-        data = json.loads(text, parse_constant=_no_constant) if path.suffix == ".json" else yaml.safe_load(text)
+        data = _parse_json(text) if path.suffix == ".json" else _parse_yaml(text)
+    except ScaleMoEError as error:
+        raise error.at(f"{path}:{error.place}" if error.place else str(path)) from error
     except json.JSONDecodeError as error:
-        raise ScaleMoEError(f"{path}:{error.lineno}: not valid JSON", found=f"{error.msg}, column {error.colno}") from error
+        raise ScaleMoEError("not valid JSON", found=f"{error.msg}, column {error.colno}", place=_place(path, error.lineno)) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ScaleMoEError(f"{place}: not valid YAML", found=getattr(error, "problem", None) or error) from error
+        place = _place(path, mark and mark.line + 1)
+        raise ScaleMoEError("not valid YAML", found=getattr(error, "problem", None) or error, place=place) from error
     except (ValueError, TypeError, RecursionError) as error:  # YAML's own constructors; numbers too long; nesting too deep
-        raise ScaleMoEError(f"{path}: cannot be parsed", found=error) from error
-    if not isinstance(data, dict):
-        raise ScaleMoEError(f"{path}: must be one mapping of fields", found=_short(data))
+        raise ScaleMoEError("cannot be parsed", found=error, place=str(path)) from error
+    if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
+        raise ScaleMoEError("must be one mapping of named fields", found=repr(data)[:80], place=str(path))
     return Document(path, text, data)
+
+
+def _parse_json(text: str) -> Any:
+    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_mapping)
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number here")
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = {}
+    for name, value in pairs:
+        if name in mapping:
+            raise ScaleMoEError(f"{name!r} is given twice", try_="leave one out")
+        mapping[name] = value
+    return mapping
 
 
-def _line_of(text: str, field: tuple) -> int | None:
-    """Line of the last key of `field` that exists, by parsing again with positions (JSON is YAML)."""
+def _parse_yaml(text: str) -> Any:
+    loader = _yaml_loader()(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_no_name_twice(node, set())
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _yaml_loader() -> type:
     import yaml
 
-    try:
-        node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, RecursionError, ValueError):
-        return None
-    line = node.start_mark.line + 1 if node else None
-    for key in field:
-        if isinstance(node, yaml.MappingNode):
-            found = [(k, v) for k, v in node.value if k.value == str(key)]
-            if not found:
-                return line
-            key_node, node = found[-1]
-            line = key_node.start_mark.line + 1
-        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
-            node = node.value[key]
-            line = node.start_mark.line + 1
-        else:
-            return line
-    return line
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def _check_no_name_twice(node: yaml.Node, seen: set[int]) -> None:
+    """YAML itself would take the last one. `seen`: nodes that are checked, as aliases can make circles."""
+    if node.id == "scalar" or id(node) in seen:
+        return
+    seen.add(id(node))
+    lines: dict[tuple[str, str], int] = {}
+    for item in node.value:
+        key, value = item if node.id == "mapping" else (None, item)
+        _check_no_name_twice(value, seen)
+        if key is None or key.id != "scalar":
+            continue
+        name = (key.tag, key.value)
+        if name in lines:
+            found = f"in lines {lines[name]} and {_line(key)}"
+            raise ScaleMoEError(f"{key.value} is given twice", found=found, try_="leave one out", place=str(_line(key)))
+        lines[name] = _line(key)
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
+
+
+def _place(path: Path, line: int | None) -> str:
+    return f"{path}:{line}" if line else str(path)

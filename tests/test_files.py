@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output, read_document, write_atomically
+from megatron_scalemoe.files import check_writable, read_document, write_atomically
 
 
 def test_an_existing_file_is_kept_unless_forced(tmp_path):
     path = tmp_path / "r.json"
     path.write_text("old")
-    with pytest.raises(ScaleMoEError, match="--force"):
+    with pytest.raises(ScaleMoEError, match="the file exists"):
         write_atomically(path, "new", force=False)
     assert path.read_text() == "old"
     write_atomically(path, "new", force=True)
@@ -36,9 +36,9 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeyp
 
 def test_a_missing_directory_is_refused_before_the_work(tmp_path):
     with pytest.raises(ScaleMoEError, match="mkdir -p"):
-        check_output(tmp_path / "no" / "r.json", force=False)
+        check_writable(tmp_path / "no" / "r.json", force=False)
     with pytest.raises(ScaleMoEError, match="must name a file"):
-        check_output(tmp_path, force=True)
+        check_writable(tmp_path, force=True)
 
 
 def document(tmp_path, text: str, name: str = "f.yaml"):

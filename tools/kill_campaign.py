@@ -33,9 +33,8 @@ from pathlib import Path
 import kill_checks as checks
 import psutil
 
-from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
 from megatron_scalemoe.mcore.checkpoint.directory import iteration_path, latest_iteration
 
 TOOLS = Path(__file__).resolve().parent

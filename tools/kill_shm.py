@@ -31,9 +31,8 @@ import time
 
 import torch
 
-from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
 from megatron_scalemoe.ops import native
 from megatron_scalemoe.ops.transports.shm import ShmTransport, open_arena
 

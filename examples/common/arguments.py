@@ -13,7 +13,8 @@ import sys
 from sources import is_indexed
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.mcore.arguments import add_scalemoe_args, read_yaml_mapping, scalemoe_config_from_args
+from megatron_scalemoe.files import read_document
+from megatron_scalemoe.mcore.arguments import add_scalemoe_args, scalemoe_config_from_args
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -147,11 +148,11 @@ def _add_run_flags(group) -> None:
 def _flags_from_yaml(path: str) -> list[str]:
     """The file's `name: value` pairs as command-line words, so that argparse checks both alike."""
     flags: list[str] = []
-    for name, value in read_yaml_mapping("--config", path).items():
+    for name, value in read_document(pathlib.Path(path)).data.items():
         if value is False or value is None:
             continue
         items = value if isinstance(value, list) else [] if value is True else [value]
-        flags += ["--" + str(name).replace("_", "-"), *map(str, items)]
+        flags += ["--" + name.replace("_", "-"), *map(str, items)]
     return flags
 
 

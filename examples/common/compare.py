@@ -60,8 +60,8 @@ def _variants(args) -> list[Variant]:
     variants = [
         Variant("stock alltoall", "alltoall", None),
         Variant("stock allgather", "allgather", None, "allgather"),
-        Variant("padded", "padded", dataclasses.replace(ours, dispatch="padded")),
-        Variant("scalemoe", "scalemoe", dataclasses.replace(ours, dispatch="ragged", padded_capacity_factor=None)),
+        Variant("padded", "padded", ours.replaced(dispatch="padded")),
+        Variant("scalemoe", "scalemoe", ours.replaced(dispatch="ragged", padded_capacity_factor=None)),
     ]
     expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     if expert_tp > 1:  # the padded baseline has no expert tensor parallelism, and stock alltoall none over gloo

@@ -62,7 +62,7 @@ def make_dispatchers(
         "scalemoe": lambda: ScaleMoETokenDispatcher(scalemoe, config, pg_collection),
     }
     for transport in TRANSPORTS:
-        over_it = dataclasses.replace(scalemoe, transport=transport)
+        over_it = scalemoe.replaced(transport=transport)
         makers[f"scalemoe {transport}"] = functools.partial(ScaleMoETokenDispatcher, over_it, config, pg_collection)
     return {name: makers[name]() for name in names}
 

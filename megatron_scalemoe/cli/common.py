@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import write_atomically
+from megatron_scalemoe.files import check_writable, write_atomically
 from megatron_scalemoe.units import format_table as format_table
 
 OK = 0
@@ -21,6 +21,18 @@ def add_output_flags(parser: argparse.ArgumentParser, output_help: str = "also w
     group.add_argument("-o", "--output", metavar="FILE", type=Path, help=output_help)
     group.add_argument("--force", action="store_true", help="let --output overwrite FILE")
     group.add_argument("--quiet", action="store_true", help="no logs on stderr, unless something fails")
+
+
+def check_output(path: Path | None, *, force: bool, flag: str = "--output") -> None:
+    """Raises `ScaleMoEError` if the file that `flag` names could not be written: called before a long run, not only after it."""
+    if path is None:
+        return
+    if os.path.isfile(path) and not force:
+        raise ScaleMoEError(f"{path} exists", try_="--force to overwrite it, or another name", place=flag)
+    try:
+        check_writable(path, force=force)
+    except ScaleMoEError as error:
+        raise error.at(f"{flag}: {path}") from error
 
 
 def emit(args: argparse.Namespace, result: dict, text: str) -> None:

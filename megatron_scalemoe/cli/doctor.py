@@ -6,9 +6,8 @@ import platform
 import shutil
 from pathlib import Path
 
-from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table
 from megatron_scalemoe.environment import MEGATRON_CORE_RELEASES, installed_version, is_supported_megatron
-from megatron_scalemoe.files import check_output
 from megatron_scalemoe.ops import native
 from megatron_scalemoe.units import format_bytes
 from megatron_scalemoe.version import __version__

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_scalemoe.cli.common import OK
+from megatron_scalemoe.cli.common import OK, check_output
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output, write_atomically
+from megatron_scalemoe.files import write_atomically
 
 # Named here so that --help needs no import; a test compares them with the scripts' own list.
 SCRIPTS = ("pretrain", "bench", "topology")

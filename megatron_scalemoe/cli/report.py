@@ -8,9 +8,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_scalemoe.cli.common import OK, format_table
+from megatron_scalemoe.cli.common import OK, check_output, format_table
 from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
-from megatron_scalemoe.files import check_output, write_atomically
+from megatron_scalemoe.files import write_atomically
 from megatron_scalemoe.units import format_bytes
 
 DESCRIPTION = """\

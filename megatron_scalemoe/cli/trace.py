@@ -5,9 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_scalemoe.cli.common import OK, add_output_flags, emit, format_table, print_result
+from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table, print_result
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
 
 KINDS = ("zipf", "clustered", "bursty", "single_hot", "recorded")
 FIGURE_SUFFIXES = (".svg", ".png", ".pdf")
@@ -168,10 +167,7 @@ def run_summary(args: argparse.Namespace) -> int:
     if args.plot is not None:
         if args.plot.suffix not in FIGURE_SUFFIXES:
             raise ScaleMoEError(f"--plot: must end in {', '.join(FIGURE_SUFFIXES)}", found=args.plot)
-        try:
-            check_output(args.plot, force=args.force)
-        except ScaleMoEError as error:
-            raise ScaleMoEError(str(error).replace("--output", "--plot", 1)) from error
+        check_output(args.plot, force=args.force, flag="--plot")
     from megatron_scalemoe.traffic.summary import summarize
     from megatron_scalemoe.traffic.trace import load_trace
 

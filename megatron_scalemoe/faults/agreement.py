@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -11,6 +10,7 @@ from collections.abc import Mapping
 import torch.distributed as dist
 
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.typed import Options
 
 ABSENT = "not set"
 
@@ -18,8 +18,8 @@ ABSENT = "not set"
 def check_ranks_agree(settings: Mapping[str, object], group: dist.ProcessGroup | None = None) -> None:
     """Raises on every rank one `ScaleMoEError` that names each setting whose value differs, its values, and the ranks that have them.
 
-    `settings` maps argparse destinations to values, e.g. `vars(args)` without what is meant to differ between ranks. The fields of a
-    dataclass `scalemoe` count as settings `scalemoe_*`. Values are compared by their text; order in sets and mappings does not count.
+    `settings` maps argparse destinations to values, e.g. `vars(args)` without what is meant to differ between ranks. The fields of
+    options `scalemoe` count as settings `scalemoe_*`. Values are compared by their text; order in sets and mappings does not count.
     Collective over `group` (default: all ranks): it gathers a hash, and everything only if the hashes differ.
     """
     mine = {name: _canonical(value) for name, value in _flat(settings).items()}
@@ -67,10 +67,10 @@ def rank_text(ranks: list[int]) -> str:
 
 
 def _flat(settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings with dataclasses replaced by their fields, which take the place of a flag of the same name: it may be overridden there."""
-    flat = {name: value for name, value in settings.items() if not dataclasses.is_dataclass(value)}
+    """Settings with `Options` replaced by their fields, which take the place of a flag of the same name: it may be overridden there."""
+    flat = {name: value for name, value in settings.items() if not isinstance(value, Options)}
     for name in settings.keys() - flat.keys():
-        flat |= {f"{name}_{field.name}": getattr(settings[name], field.name) for field in dataclasses.fields(settings[name])}
+        flat |= {f"{name}_{field}": value for field, value in settings[name]}
     return flat
 
 

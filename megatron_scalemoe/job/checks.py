@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_scalemoe.config import config_from_dict
+from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.job.config import JobConfig
 from megatron_scalemoe.plan.placement_plan import load_plan
@@ -157,9 +157,9 @@ def _check_moe(job: JobConfig) -> dict[str, int]:
 def _check_scalemoe(job: JobConfig) -> None:
     chosen = {option: value.value for (section, option), value in job.values.items() if section == "scalemoe"}
     try:
-        config_from_dict(chosen, source=str(job.path))
+        ScaleMoEConfig(**chosen)
     except ScaleMoEError as error:
-        raise ScaleMoEError(f"{job.path}: scalemoe: {error}") from error
+        raise job.error(("scalemoe", *error.field), error.problem, found=error.found, try_=error.try_) from error
     dispatcher = job.get("moe", "moe_token_dispatcher_type")
     if dispatcher != "alltoall":
         problem = "must be left alone: moe_dispatcher scalemoe replaces it"

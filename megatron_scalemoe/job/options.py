@@ -6,10 +6,10 @@ tuple of the texts to choose from, or a list with the kind of its items.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from megatron_scalemoe.config import ScaleMoEConfig, flag_name
+from megatron_scalemoe.typed import plain_kind
 
 COUNT = "count"
 Kind = Any
@@ -184,12 +184,7 @@ CLUSTER = {
 }
 
 
-def _kind_of_scalemoe(field: dataclasses.Field) -> Kind:
-    kind = field.metadata.get("choices") or field.metadata.get("type", str)
-    return bool if kind == "flag" else kind
-
-
-SCALEMOE = {field.name: _kind_of_scalemoe(field) for field in dataclasses.fields(ScaleMoEConfig)}
+SCALEMOE = {name: plain_kind(field.annotation) for name, field in ScaleMoEConfig.model_fields.items()}
 SECTIONS = {"model": MODEL, "parallel": PARALLEL, "moe": MOE, "training": TRAINING, "scalemoe": SCALEMOE, "cluster": CLUSTER}
 
 REQUIRED = (
@@ -210,7 +205,7 @@ DEFAULTS = {
     ("training", "save_interval"): 1000,
     ("cluster", "nodes"): 1,
     ("cluster", "gpus_per_node"): 8,
-    **{("scalemoe", field.name): field.default for field in dataclasses.fields(ScaleMoEConfig) if field.default not in (None, False)},
+    **{("scalemoe", name): field.default for name, field in ScaleMoEConfig.model_fields.items() if field.default not in (None, False)},
 }
 
 

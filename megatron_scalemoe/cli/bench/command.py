@@ -11,13 +11,13 @@ from megatron_scalemoe.cli.bench import kernels as bench_kernels
 from megatron_scalemoe.cli.bench import live as bench_live
 from megatron_scalemoe.cli.bench import solvers as bench_solvers
 from megatron_scalemoe.cli.bench import split as bench_split
-from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table
 from megatron_scalemoe.cli.torchrun import run_ranks
 from megatron_scalemoe.cli.train_extra import require_train_extra
 from megatron_scalemoe.config import TRANSPORTS
 from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output, read_document
+from megatron_scalemoe.files import read_document
 from megatron_scalemoe.units import format_bytes
 
 WORKER = "megatron_scalemoe.bench.dispatch"

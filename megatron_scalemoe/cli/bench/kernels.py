@@ -6,11 +6,10 @@ import argparse
 import math
 import sys
 
-from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table, progress_bar
+from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table, progress_bar
 from megatron_scalemoe.cli.train_extra import require_train_extra
 from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
 from megatron_scalemoe.units import format_bytes
 
 # Largest accepted `max_rel_error` against Megatron, which adds bf16 rows up in bf16.

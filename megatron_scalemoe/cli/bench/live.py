@@ -10,13 +10,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table
 from megatron_scalemoe.cli.torchrun import run_ranks
 from megatron_scalemoe.cli.train_extra import require_train_extra
 from megatron_scalemoe.config import EXPERTS
 from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
 
 WORKER = "megatron_scalemoe.bench.live"
 # Name, default, least value, help.

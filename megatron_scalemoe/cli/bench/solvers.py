@@ -7,11 +7,10 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_scalemoe.cli.common import OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table
 from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
 from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
 
 if TYPE_CHECKING:
     from megatron_scalemoe.placement.problem import LayerProblem

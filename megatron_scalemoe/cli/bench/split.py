@@ -7,10 +7,9 @@ import statistics
 import sys
 import time
 
-from megatron_scalemoe.cli.common import OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table
 from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
 
 SPLITS = ("even", "balanced")
 # The plan is the EPLB-shaped one: what is measured is the split.

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_scalemoe.cli.common import OK, add_output_flags, emit, format_table, progress_bar
+from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table, progress_bar
 from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
 from megatron_scalemoe.cli.planning.inputs import add_input_flags, load_plan_for, load_topology_and_trace
 from megatron_scalemoe.cli.planning.requests import (
@@ -20,7 +20,6 @@ from megatron_scalemoe.cli.planning.requests import (
     planned_steps,
 )
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
 from megatron_scalemoe.placement.gap import gap_to
 from megatron_scalemoe.units import format_bytes
 

@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_scalemoe.cli.common import OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table
 from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
 from megatron_scalemoe.cli.planning.inputs import load_topology_and_trace
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
 from megatron_scalemoe.units import format_bytes
 
 if TYPE_CHECKING:

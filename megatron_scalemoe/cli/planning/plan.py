@@ -6,12 +6,11 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
-from megatron_scalemoe.cli.common import OK, add_output_flags, format_table, print_result, progress_bar
+from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, format_table, print_result, progress_bar
 from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
 from megatron_scalemoe.cli.planning.inputs import add_input_flags, load_topology_and_trace
 from megatron_scalemoe.cli.planning.requests import add_planning_flags, check_planning_flags
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
 from megatron_scalemoe.placement.defaults import SOLVER, TIME_BUDGET_S
 from megatron_scalemoe.placement.gap import gap_to
 from megatron_scalemoe.units import format_bytes

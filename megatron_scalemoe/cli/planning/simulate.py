@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_scalemoe.cli.common import OK, add_output_flags, emit, format_table, progress_bar
+from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table, progress_bar
 from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
 from megatron_scalemoe.cli.planning.inputs import add_input_flags, load_plan_for, load_topology_and_trace
 from megatron_scalemoe.cli.planning.requests import (
@@ -20,7 +20,6 @@ from megatron_scalemoe.cli.planning.requests import (
     planned_steps,
 )
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
 from megatron_scalemoe.placement.defaults import SOLVER
 from megatron_scalemoe.units import format_bytes
 
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     validate(args)
     check_output(args.output, force=args.force)
     if args.timeline is not None:
-        check_output(args.timeline, force=args.force)
+        check_output(args.timeline, force=args.force, flag="--timeline")
     from megatron_scalemoe.plan.placement_plan import PlacementPlan
     from megatron_scalemoe.simulate.engine import replay_fixed, replay_plans
     from megatron_scalemoe.topology.routes import compute_routes

@@ -7,11 +7,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, emit, format_table
+from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table
 from megatron_scalemoe.cli.topology import discover as topology_discover
 from megatron_scalemoe.cli.topology.facts import describe, format_description
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
 
 if TYPE_CHECKING:
     from megatron_scalemoe.topology.graph import Override

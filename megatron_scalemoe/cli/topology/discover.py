@@ -9,12 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_scalemoe.cli.common import OK, add_output_flags, format_table, print_result
+from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, format_table, print_result
 from megatron_scalemoe.cli.topology.facts import describe, format_description
 from megatron_scalemoe.cli.torchrun import run_ranks
 from megatron_scalemoe.environment import describe_environment, installed_version
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import check_output
 
 if TYPE_CHECKING:
     from megatron_scalemoe.topology.discover.layout import NodeLayout

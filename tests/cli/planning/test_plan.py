@@ -150,10 +150,10 @@ def test_quiet_prints_the_result_alone(files, capsys):
         (["--time-budget", "nan"], "--time-budget must be a number of seconds above 0"),
         (["--gpu-tflops", "nan"], "--gpu-tflops must be above 0"),
         (["-o", "trace.npz"], "--output: trace.npz exists\n  try:   --force"),
-        (["-o", "."], "--output must name a file"),
-        (["-o", "none/plan.json"], "--output: the directory does not exist\n  found: none"),
-        (["-o", "/dev/null", "--force"], "--output must name a regular file"),
-        (["-o", 300 * "a"], "--output: cannot write"),
+        (["-o", "."], "--output: .: must name a file"),
+        (["-o", "none/plan.json"], "the directory does not exist\n  try:   mkdir -p none"),
+        (["-o", "/dev/null", "--force"], "must be a regular file"),
+        (["-o", 300 * "a"], "cannot write the file"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_error_without_a_plan(files, capsys, flags, message):
