@@ -46,7 +46,7 @@ def test_without_our_flag_the_script_runs_as_it_would_without_us(script, ours, t
     ("flags", "message"),
     [
         (["--scalemoe-replicas", "2"], "--scalemoe-replicas needs --moe-dispatcher scalemoe"),
-        (["--moe-dispatcher", "scalemoe", "--scalemoe-replicas", "-1"], "--scalemoe-replicas must be 0 or more"),
+        (["--moe-dispatcher", "scalemoe", "--scalemoe-replicas", "-1"], "--scalemoe-replicas: must be 0 or more"),
         (["--moe-dispatcher", "scalemoe"], "no Megatron-LM beside"),
     ],
 )

@@ -200,7 +200,7 @@ def test_names_and_types_are_checked(capsys, job_file, old, new, expected):
         ),
         ([("replicas: 4", "replicas: 6")], [":17: scalemoe.replicas: must be a multiple of", "6 and 4", "try:   8"]),
         ([("replicas: 4", "replicas: 28")], ["a rank holds no expert twice", "24 or fewer"]),
-        ([("replicas: 4", "replicas: 4\n  dispatch: padded")], ["--scalemoe-dispatch padded is a baseline"]),
+        ([("replicas: 4", "replicas: 4\n  dispatch: padded")], [":18: scalemoe.dispatch: must be ragged"]),
         ([("size: 16", "size: 18")], [":14: training.global_batch_size", "micro_batch_size x data parallel size = 1 x 4", "try:   20"]),
         ([("hidden_size: 64", "hidden_size: 66")], ["model.hidden_size: must be a multiple of num_attention_heads"]),
         ([("experts: 8", "experts: 8\n  moe_router_topk: 9")], ["moe_router_topk: must not be above num_experts"]),
