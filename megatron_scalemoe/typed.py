@@ -104,7 +104,7 @@ def error_of(error: ValidationError) -> ScaleMoEError:
 def nearest(name: str, known: list[str]) -> str:
     """What to try in place of an unknown name."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"{close[0]}? " * len(close) + f"One of {', '.join(known)}"
+    return " ".join([f"{one}?" for one in close] + [f"One of {', '.join(known)}"])
 
 
 def plain_kind(annotation: Any) -> type | tuple[str, ...]:

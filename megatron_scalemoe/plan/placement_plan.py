@@ -7,14 +7,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import SCHEMA_VERSION, Document, read_document, write_atomically
+from megatron_scalemoe.files import read_document, write_atomically
+from megatron_scalemoe.typed import SCHEMA_VERSION, Model, SchemaVersion, refused
 
 EMPTY = -1
-_KEYS = {"schema_version", "num_ranks", "num_logical_experts", "physical_to_logical", "home", "provenance"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,33 +167,32 @@ def format_plan(plan: PlacementPlan) -> str:
     return f"{head}{body}\n}}\n"
 
 
+class _PlanFile(Model):
+    schema_version: SchemaVersion
+    num_ranks: int
+    num_logical_experts: int
+    physical_to_logical: list[list[Annotated[int, Field(ge=EMPTY, lt=2**31)]]]
+    home: list[list[int]] | None = None
+    provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _same_slots(self) -> _PlanFile:
+        for layer, row in enumerate(self.physical_to_logical):
+            if len(row) != len(self.physical_to_logical[0]):
+                problem = f"must have as many slots as layer 0 ({len(self.physical_to_logical[0])})"
+                raise refused(problem, field=("physical_to_logical", layer), found=len(row))
+        return self
+
+
 def load_plan(path: Path) -> PlacementPlan:
     """Reads and checks a plan file. Raises `ScaleMoEError` naming file, line and field."""
     document = read_document(path)
-    document.only_keys((), _KEYS)
-    document.check_schema()
-    num_ranks, num_experts = document.get(("num_ranks",), int), document.get(("num_logical_experts",), int)
-    provenance = document.get(("provenance",), dict, default={})
-    slots = _int_rows(document, "physical_to_logical")
-    home = _int_rows(document, "home") if "home" in document.data else None
+    file = document.parse(_PlanFile)
     try:
-        plan = PlacementPlan(slots, num_ranks, num_experts, provenance)
+        plan = PlacementPlan(np.array(file.physical_to_logical), file.num_ranks, file.num_logical_experts, file.provenance)
     except ScaleMoEError as error:
-        raise document.error(("physical_to_logical",), str(error)) from error
-    if home is not None and not np.array_equal(home, plan.home):
-        raise document.error(
-            ("home",), "must be the first slots of each rank, as in physical_to_logical", try_="leave `home` out: it follows"
-        )
+        raise document.error(("physical_to_logical",), error.problem, found=error.found) from error
+    if file.home is not None and file.home != plan.home.tolist():
+        problem = "must be the first slots of each rank, as in physical_to_logical"
+        raise document.error(("home",), problem, try_="leave `home` out: it follows")
     return plan
-
-
-def _int_rows(document: Document, key: str) -> np.ndarray:
-    rows = document.get((key,), list)
-    for layer, row in enumerate(rows):
-        document.get((key, layer), list)
-        if len(row) != len(rows[0]):
-            raise document.error((key, layer), f"must have as many slots as layer 0 ({len(rows[0])})", found=len(row))
-        for i, value in enumerate(row):
-            if type(value) is not int or not -(2**31) <= value < 2**31:
-                raise document.error((key, layer, i), "must be an expert's number", found=repr(value)[:80])
-    return np.array(rows, dtype=np.int64)

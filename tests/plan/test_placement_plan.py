@@ -111,7 +111,7 @@ def edited(tmp_path, edit) -> object:
         (lambda c: c.pop("num_ranks"), r"'num_ranks' is missing"),
         (lambda c: c.update(num_ranks=True), r"num_ranks: must be an integer"),
         (lambda c: c["physical_to_logical"][1].pop(), r"physical_to_logical.1: must have as many slots as layer 0 \(4\)"),
-        (lambda c: c["physical_to_logical"][1].__setitem__(2, 0.5), r"plan.json:16: physical_to_logical.1.2: must be an expert's number"),
+        (lambda c: c["physical_to_logical"][1].__setitem__(2, 0.5), r"plan.json:16: physical_to_logical.1.2: must be an integer"),
         (lambda c: c["physical_to_logical"][1].__setitem__(2, 0), r"physical_to_logical: layer 1: the home slots"),
         (lambda c: c["physical_to_logical"].clear(), r"layers x slots"),
         (lambda c: c["home"][0].reverse(), r"home: must be the first slots of each rank"),
