@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.plan.fit import Sizes, check_fit
 from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan, load_plan
 
 
@@ -23,18 +24,15 @@ def start_plan(scalemoe: ScaleMoEConfig, num_layers: int, num_ranks: int, num_ex
     if scalemoe.plan is None:
         return PlacementPlan.contiguous(num_layers, num_ranks, num_experts, replica_slots_per_rank=(scalemoe.replicas or 0) // num_ranks)
     plan = load_plan(Path(scalemoe.plan))
-    check_fits_model(plan, f"--scalemoe-plan {scalemoe.plan}", num_layers, num_ranks, num_experts)
+    _check_fits_model(plan, f"--scalemoe-plan {scalemoe.plan}", Sizes(num_layers, num_ranks, num_experts))
     if scalemoe.replicas is None:
         return plan
     return with_replica_slots(plan, scalemoe.replicas // num_ranks)
 
 
-def check_fits_model(plan: PlacementPlan, source: str, num_layers: int, num_ranks: int, num_experts: int) -> None:
-    """Raises `ScaleMoEError` unless the plan is for so many MoE layers, expert-parallel ranks and experts."""
-    made_for, wanted = (plan.num_layers, plan.num_ranks, plan.num_logical_experts), (num_layers, num_ranks, num_experts)
-    if made_for != wanted:
-        problem = "{} must be for {} MoE layers, {} expert-parallel ranks and {} experts".format(source, *wanted)
-        raise ScaleMoEError(problem, found="{}, {} and {}".format(*made_for), try_="scalemoe plan with a trace of this model")
+def _check_fits_model(plan: PlacementPlan, source: str, model: Sizes) -> None:
+    """Raises `ScaleMoEError` unless the plan is for the model's MoE layers, expert-parallel ranks and experts."""
+    check_fit({"the model's MoE": model, source: plan}, try_="scalemoe plan with a trace of this model")
 
 
 def with_replica_slots(plan: PlacementPlan, per_rank: int) -> PlacementPlan:
@@ -78,7 +76,7 @@ def plan_beside(path: Path, num_layers: int, ranks_and_experts: tuple[int, int],
     if dist.get_rank() == 0 and path.exists():
         try:
             plan = load_plan(path)
-            check_fits_model(plan, str(path), num_layers, *ranks_and_experts)
+            _check_fits_model(plan, str(path), Sizes(num_layers, *ranks_and_experts))
             found[0] = plan if replicas is None else with_replica_slots(plan, replicas // plan.num_ranks)
         except ScaleMoEError as error:
             found[1] = str(error)

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.job.config import JobConfig
+from megatron_scalemoe.plan.fit import Sizes, check_fit
 from megatron_scalemoe.plan.placement_plan import load_plan
 
 
@@ -181,7 +182,7 @@ def _placing_problems(job: JobConfig) -> Iterator[tuple[tuple[str, str], str, st
     # Where the job is written the plan may not be: the run checks it again.
     if plan_file is not None and Path(plan_file).is_file():
         plan = load_plan(Path(plan_file))
-        if (plan.num_ranks, plan.num_logical_experts) != (ep, experts):
-            problem = f"must be for {ep} expert-parallel ranks and {experts} experts"
-            found = f"{plan.num_ranks} and {plan.num_logical_experts} in {plan_file}"
-            yield ("scalemoe", "plan"), problem, found, "scalemoe plan with a trace of this model on so many ranks"
+        try:
+            check_fit({"the job": Sizes(num_ranks=ep, num_experts=experts), str(plan_file): plan})
+        except ScaleMoEError as error:
+            yield ("scalemoe", "plan"), error.problem, error.found, "scalemoe plan with a trace of this model on so many ranks"

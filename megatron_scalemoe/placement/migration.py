@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from megatron_scalemoe.cost.model import CostModel
-from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.plan.fit import check_fit
 from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan
 from megatron_scalemoe.topology.ports import Ports, port_time_us
 
@@ -45,7 +45,7 @@ def align_plan(old: PlacementPlan, new: PlacementPlan, interchangeable_G: np.nda
     a linear assignment per layer that keeps most homes (then most replicas) in place. None: no rank takes another's experts.
     Within a rank experts keep their slots where they can. Raises `ScaleMoEError` if the plans are for different layers, ranks or experts.
     """
-    _check_same_shape(old, new)
+    check_fit({"the old plan": old, "the new plan": new})
     groups = [] if interchangeable_G is None else [np.flatnonzero(interchangeable_G == i) for i in np.unique(interchangeable_G)]
     slots_LP = []
     for layer in range(new.num_layers):
@@ -69,7 +69,7 @@ def interchangeable_ranks(ports: Ports) -> np.ndarray:
 
 def moves(old: PlacementPlan, new: PlacementPlan) -> Moves:
     """What changes when `new` follows `old`. Raises `ScaleMoEError` if the plans are for different layers, ranks or experts."""
-    _check_same_shape(old, new)
+    check_fit({"the old plan": old, "the new plan": new})
     old_rank_LE, new_rank_LE = old.home_rank, new.home_rank
     parts = []
     for layer in range(new.num_layers):
@@ -85,7 +85,7 @@ def moves(old: PlacementPlan, new: PlacementPlan) -> Moves:
 
 def replicas_removed(old: PlacementPlan, new: PlacementPlan) -> np.ndarray:
     """int64 [L]: replicas of `old` that `new` no longer has (one that becomes the home counts)."""
-    _check_same_shape(old, new)
+    check_fit({"the old plan": old, "the new plan": new})
     return np.array([np.count_nonzero(_replicas(old, layer) & ~_replicas(new, layer)) for layer in range(new.num_layers)])
 
 
@@ -139,13 +139,6 @@ def migration_us(moved: Moves, ports: Ports, expert_bytes: int) -> float:
         crosses = (ports.node_of_rank[source] != ports.node_of_rank[destination]).any()
         total_us += port_time_us(bytes_GG, ports) + (ports.scale_out_latency_us if crosses else ports.scale_up_latency_us)
     return total_us
-
-
-def _check_same_shape(old: PlacementPlan, new: PlacementPlan) -> None:
-    shapes = [(plan.num_layers, plan.num_ranks, plan.num_logical_experts) for plan in (old, new)]
-    if shapes[0] != shapes[1]:
-        found = " and ".join(f"{layers} layers, {ranks} ranks, {experts} experts" for layers, ranks, experts in shapes)
-        raise ScaleMoEError("both plans must be for the same layers, ranks and experts", found=found)
 
 
 def _replicas(plan: PlacementPlan, layer: int) -> np.ndarray:

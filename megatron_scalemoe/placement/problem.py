@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.plan.fit import Sizes, check_fit
 from megatron_scalemoe.topology.ports import Ports
 from megatron_scalemoe.traffic.trace import LayerTraffic
 
@@ -26,8 +27,7 @@ class LayerProblem:
 
     def __post_init__(self) -> None:
         ranks, experts = self.traffic.counts.shape
-        if ranks != self.ports.num_ranks:
-            raise ScaleMoEError("trace and topology must have the same ranks", found=f"{ranks} and {self.ports.num_ranks}")
+        check_fit({"the topology": self.ports, "the trace": Sizes(num_ranks=ranks)})
         if experts % ranks:
             raise ScaleMoEError("the number of experts must be a multiple of the ranks", found=f"{experts} experts on {ranks} ranks")
         if not 0 <= self.replicas <= experts * (ranks - 1):

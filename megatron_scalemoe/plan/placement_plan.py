@@ -173,7 +173,7 @@ class _PlanFile(Model):
     num_logical_experts: int
     physical_to_logical: list[list[Annotated[int, Field(ge=EMPTY, lt=2**31)]]]
     home: list[list[int]] | None = None
-    provenance: dict[str, Any] = {}
+    provenance: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _same_slots(self) -> _PlanFile:

@@ -226,8 +226,7 @@ def test_contradictions_are_refused(capsys, job_file, replacements, expected):
 def test_a_plan_for_other_ranks_is_refused(capsys, job_file, tmp_path):
     save_plan(PlacementPlan.contiguous(4, 2, 8), tmp_path / "plan.json", force=False)
     said = refusal(capsys, job_file(("replicas: 4", f"plan: {tmp_path / 'plan.json'}")))
-    assert "scalemoe.plan: must be for 4 expert-parallel ranks and 8 experts" in said
-    assert "found: 2 and 8" in said
+    assert "plan.json must be for the 4 ranks and 8 experts of the job\n  found: 2 ranks and 8 experts" in said
 
 
 @pytest.mark.parametrize("sizes", ["first: 1, last: 1", "first: 2"])

@@ -100,7 +100,10 @@ def test_help_lists_our_flags():
             ["--moe-token-dispatcher-type flex: set it to alltoall"],
         ),
         (("--scalemoe-replicas", 3), ["--scalemoe-replicas 3 is not a multiple of --expert-model-parallel-size 2"]),
-        (("--scalemoe-plan", "PLAN OF 4 RANKS"), ["2 MoE layers, 2 expert-parallel ranks and 8 experts", "2, 4 and 8", "scalemoe plan"]),
+        (
+            ("--scalemoe-plan", "PLAN OF 4 RANKS"),
+            ["2 layers, 2 ranks and 8 experts of", "2 layers, 4 ranks", "scalemoe plan"],
+        ),
         (
             ("--scalemoe-plan", "PLAN OF 2 NODES", "--scalemoe-topology", "ONE NODE"),
             ["rank 0 | rank 1 in the plan, ranks 0-1 in the topology"],

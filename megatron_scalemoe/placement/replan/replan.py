@@ -26,6 +26,7 @@ from megatron_scalemoe.placement.solvers.local_search import descend
 from megatron_scalemoe.placement.solvers.memetic import solve_memetic
 from megatron_scalemoe.placement.solvers.port_model import port_model
 from megatron_scalemoe.placement.solvers.swap_delta import SwapTable
+from megatron_scalemoe.plan.fit import check_fit
 from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan
 from megatron_scalemoe.plan.split import balanced_max_load
 from megatron_scalemoe.topology.ports import Ports
@@ -301,10 +302,7 @@ def _with_replica_slots(plan: PlacementPlan, per_rank: int) -> PlacementPlan:
 
 
 def _check_fits(trace: RoutingTrace, old: PlacementPlan, options: ReplanOptions) -> None:
-    shapes = [(old.num_layers, old.num_ranks, old.num_logical_experts), (trace.num_layers, trace.num_ranks, trace.num_experts)]
-    if shapes[0] != shapes[1]:
-        found = " and ".join(f"{layers} layers, {ranks} ranks, {experts} experts" for layers, ranks, experts in shapes)
-        raise ScaleMoEError("plan and trace must be for the same layers, ranks and experts", found=found)
+    check_fit({"the plan": old, "the trace": trace})
     if options.replicas % old.num_ranks:
         raise ScaleMoEError(f"replicas must be a multiple of the {old.num_ranks} ranks", found=options.replicas)
     slots = (old.slots_per_rank - old.homes_per_rank) * old.num_ranks

@@ -98,7 +98,7 @@ def test_the_result_is_written_to_a_file(folder, capsys):
     ("arguments", "words"),
     [
         (["old.json", "missing.json"], "missing.json: cannot read"),
-        (["old.json", "wide.json"], "old.json and wide.json: both plans must be for the same"),
+        (["old.json", "wide.json"], "old.json and wide.json: the new plan must be for"),
         (["wide.json", "wide.json", "--trace", "trace.npz"], "trace.npz and wide.json must be for the same"),
         (["large.json", "large.json", "--topology", "topo.yaml"], "topo.yaml must have a GPU for each rank of large.json"),
         (["old.json", "new.json", "--horizon", "0"], "--horizon"),

@@ -141,5 +141,5 @@ def test_options_out_of_range_are_refused(name):
 
 def test_trace_and_plan_of_other_shapes_are_refused():
     trace = zipf_trace(0)
-    with pytest.raises(ScaleMoEError, match="same layers"):
+    with pytest.raises(ScaleMoEError, match="the trace must be for"):
         replan(RoutingTrace(trace.counts[:, :2], None, trace.meta), start(), PORTS, COST, OPTIONS)
