@@ -52,10 +52,17 @@ class Model(BaseModel):
     @classmethod
     def _known_fields(cls, values: Any) -> Any:
         """A typing error must not be ignored, nor be told as a missing field."""
-        for name in values if isinstance(values, dict) else ():
+        strict = isinstance(values, dict) and cls.model_config["extra"] == "forbid"
+        for name in values if strict else ():
             if name not in cls.model_fields:
                 raise refused("unknown field", field=(str(name),), try_=nearest(str(name), list(cls.model_fields)))
         return values
+
+
+class Facts(Model):
+    """A model of the fields that we use, of a file that may have others."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 class Options(Model):

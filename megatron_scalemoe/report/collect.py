@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import Document, read_bytes, read_document
+from megatron_scalemoe.files import read_bytes, read_document
 from megatron_scalemoe.plan.placement_plan import PlacementPlan, load_plan
+from megatron_scalemoe.report.results import RESULTS, Result, kind_of_result, read_result
 from megatron_scalemoe.report.training_runs import CONFIG_FILE, HISTORY_FILE, TrainingRun, is_run_folder, read_training_run
 from megatron_scalemoe.topology.graph import Topology
 from megatron_scalemoe.topology.topology_file import load_topology
@@ -18,43 +19,11 @@ from megatron_scalemoe.traffic.trace import RoutingTrace, load_trace
 _DOCUMENTS = (".json", ".yaml", ".yml")
 _NPZ = b"PK\x03\x04"
 _TOPOLOGY_YAML = re.compile(r"^(builder|vertices)\s*:", re.MULTILINE)
-_TIMES = ("dispatch_us", "combine_us", "compute_us")
-_MORE = ("replica_us", "max_over_mean_mean", "max_over_mean_p95", "bytes_scale_out", "wait_share", "migrated_bytes", "replans", "steps")
-_SOLVED = ("lower_bound_us", "gap", "max_over_mean", "bytes_scale_out", "seconds")
-# Kinds of results: the key that names a row, the numbers it must have, and those it may have.
-_RESULTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "compare": ("policy", ("step_us", *_TIMES), (*_MORE, "cost_us", *_SOLVED)),
-    "simulate": ("policy", ("step_us", *_TIMES), (*_MORE,)),
-    "plan result": ("solver", ("cost_us",), _SOLVED),
-    "bench dispatch": ("dispatcher", ("median_ms", "ratio_to_stock"), ("p90_ms", "ranks", "bytes_out", "max_rel_error")),
-    "bench solvers": ("solver", ("cost_us", "seconds"), ("gap", "lower_bound_us", "seed")),
-}
 WANTED = (
     "a topology (scalemoe topology build), a trace (scalemoe trace synth, convert), plans (scalemoe plan -o), and what "
     "`scalemoe compare`, `simulate`, `plan` or `bench` --json printed; all directly in that directory; and the folders of training runs "
     f"({CONFIG_FILE} and {HISTORY_FILE}) in it"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """One layer's search: (seconds, best cost_us so far) at each improvement, and what no placement can be below."""
-
-    layer: int
-    points: list[tuple[float, float]]
-    lower_bound_us: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A result file. `rows`: texts `name` (the file's) and the kind's naming key, else floats; absent keys are left out.
-
-    curves: of a plan's result.
-    """
-
-    name: str
-    rows: list[dict]
-    curves: list[Curve] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +44,7 @@ class Run:
     topologies: dict[str, Topology] = dataclasses.field(default_factory=dict)
     traces: dict[str, RoutingTrace] = dataclasses.field(default_factory=dict)
     plans: dict[str, PlacementPlan] = dataclasses.field(default_factory=dict)
-    results: dict[str, list[Result]] = dataclasses.field(default_factory=lambda: {kind: [] for kind in _RESULTS})
+    results: dict[str, list[Result]] = dataclasses.field(default_factory=lambda: {kind: [] for kind in RESULTS})
     trainings: list[TrainingRun] = dataclasses.field(default_factory=list)
     files: list[FileRow] = dataclasses.field(default_factory=list)
     unrecognised: list[str] = dataclasses.field(default_factory=list)
@@ -167,64 +136,7 @@ def _read(run: Run, path: Path, name: str) -> str | None:
         return "plan"
     if "traceEvents" in document.data:
         return "timeline"
-    kind = _kind_of_result(document.data)
+    kind = kind_of_result(document.data)
     if kind is not None:
-        run.results[kind].append(_result(document, kind, name))
+        run.results[kind].append(read_result(document, kind, name))
     return kind
-
-
-def _kind_of_result(data: dict) -> str | None:
-    rows = data.get("rows")
-    if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-        first = rows[0]
-        if "policy" in first:
-            return "compare"
-        if "dispatcher" in first and "median_ms" in first:
-            return "bench dispatch"
-        return "bench solvers" if "solver" in first and "seconds" in first else None
-    if "step_us" in data:
-        return "simulate"
-    return "plan result" if "solver" in data and "cost_us" in data else None
-
-
-def _result(document: Document, kind: str, name: str) -> Result:
-    key, needed, optional = _RESULTS[kind]
-    rows = []
-    for field in _row_fields(document, kind):
-        values = document.get(field, dict) if field else document.data
-        # A file of one row may leave out what to call it.
-        row = {key: document.get((*field, key), str) if field or key in values else name}
-        row |= {number: document.get((*field, number), float) for number in needed}
-        row |= {number: document.get((*field, number), float) for number in optional if values.get(number) is not None}
-        if negative := next((number for number, value in row.items() if isinstance(value, float) and value < 0 and number != "gap"), None):
-            raise document.error((*field, negative), "must be 0 or more", found=row[negative])
-        rows.append({"name": name, **row})
-    return Result(name, rows, _curves(document) if kind == "plan result" else [])
-
-
-def _row_fields(document: Document, kind: str) -> list[tuple]:
-    if "rows" in document.data:
-        return [("rows", index) for index in range(len(document.get(("rows",), list)))]
-    baseline = document.data.get("baseline") if kind == "simulate" else None
-    if isinstance(baseline, dict) and baseline.get("policy") != document.data.get("policy"):
-        return [("baseline",), ()]
-    return [()]
-
-
-def _curves(document: Document) -> list[Curve]:
-    """The search of each layer of a plan's result, where it was recorded."""
-    layers = document.get(("layers",), list, default=[])
-    curves = []
-    for layer in range(len(layers)):
-        if "history" not in document.get(("layers", layer), dict):
-            continue
-        points = []
-        for index in range(len(document.get(("layers", layer, "history"), list))):
-            at = ("layers", layer, "history", index)
-            if len(document.get(at, list)) != 2:
-                raise document.error(at, "must be [seconds, cost_us]", found=layers[layer]["history"][index])
-            points.append((document.get((*at, 0), float), document.get((*at, 1), float)))
-        bound_us = document.get(("layers", layer, "lower_bound_us"), float, default=0.0)
-        if points:
-            curves.append(Curve(layer, points, bound_us if bound_us > 0 else None))
-    return curves

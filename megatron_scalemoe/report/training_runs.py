@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import Document, read_document
+from megatron_scalemoe.typed import Facts, Number, SchemaVersion, check, refused
 
 CONFIG_FILE, HISTORY_FILE = "config.json", "train.json"
 # Options that may differ between runs of the same model on the same data; so may ours, whose names begin with scalemoe.
@@ -19,8 +21,7 @@ _FREE |= {"moe_dispatcher", "moe_token_dispatcher_type", "distributed_timeout_mi
 _HARDWARE = ("cpu", "gpu", "cores", "system", "torch", "megatron_core")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Interval:
+class Interval(Facts):
     """Live balance's figures of some steps up to `iteration`; times are means per step, of the slowest rank.
 
     local_share: of the selections, those computed on the rank of their token; uniform_share: what chance gives. None where not measured.
@@ -28,23 +29,56 @@ class Interval:
 
     iteration: int
     steps: int
-    replica_ms: float
-    exposed_ms: float
-    max_over_mean: float
-    max_over_mean_p95: float
-    local_share: float | None
-    uniform_share: float | None
+    replica_ms: Number
+    exposed_ms: Number
+    max_over_mean: Number
+    max_over_mean_p95: Number
+    local_share: Number | None = None
+    uniform_share: Number | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Replan:
+class Replan(Facts):
     """A plan that came into force, or one that was not worth it (`changed` False)."""
 
     iteration: int
     changed: bool
     moved_homes: int
     replicas_added: int
-    took_s: float
+    took_s: Number
+
+
+class _Event(Facts):
+    event: str
+    iteration: int | None = None
+    reason: str | None = None
+
+
+class _Record(Facts):
+    """Of training steps, with a loss and a speed, or of a validation."""
+
+    iteration: int
+    lm_loss: Number | None = None
+    tokens_per_s: Annotated[Number, Field(gt=0)] | None = None
+    max_over_mean_load: Number | None = None
+    validation_loss: Number | None = None
+
+
+class _Train(Facts):
+    schema_version: SchemaVersion
+    history: list[_Record]
+    events: list[_Event] = Field(default_factory=list)
+
+
+class _Config(Facts):
+    schema_version: SchemaVersion
+    args: dict
+    env: dict
+
+    @model_validator(mode="after")
+    def _of_ours(self) -> _Config:
+        if not isinstance(self.args.get("moe_dispatcher"), str):
+            raise refused("'moe_dispatcher' is missing", field=("args",))
+        return self
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -199,22 +233,20 @@ def read_training_run(folder: Path, name: str) -> TrainingRun:
     if not (folder / HISTORY_FILE).is_file():
         problem = f"{folder}: the run has no {HISTORY_FILE}, which is written at its end"
         raise ScaleMoEError(problem, found=f"only {CONFIG_FILE}", try_="let it finish, start it again, or remove the folder")
-    config, train = read_document(folder / CONFIG_FILE), read_document(folder / HISTORY_FILE)
-    for document in (config, train):
-        document.check_schema()
-    options, env = config.get(("args",), dict), config.get(("env",), dict)
-    config.get(("args", "moe_dispatcher"), str)
-    reports = _reports(train)
+    config = read_document(folder / CONFIG_FILE).parse(_Config)
+    train = read_document(folder / HISTORY_FILE)
+    history = train.parse(_Train).history
+    reports = _reports(train, history)
     intervals, replans, failures = _events(train)
     run = TrainingRun(
         name=name,
-        options=options,
-        env=env,
-        iteration_N=np.array([report[0] for report in reports], dtype=np.int64),
-        lm_loss_N=np.array([report[1] for report in reports]),
-        tokens_per_s_N=np.array([report[2] for report in reports]),
-        load_N=np.array([report[3] for report in reports]),
-        validation=_validation(train),
+        options=config.args,
+        env=config.env,
+        iteration_N=np.array([report.iteration for report in reports], dtype=np.int64),
+        lm_loss_N=np.array([report.lm_loss for report in reports]),
+        tokens_per_s_N=np.array([report.tokens_per_s for report in reports]),
+        load_N=np.array([report.max_over_mean_load for report in reports], dtype=np.float64),
+        validation=[(record.iteration, record.validation_loss) for record in history if record.validation_loss is not None],
         intervals=intervals,
         replans=replans,
         failures=failures,
@@ -222,52 +254,37 @@ def read_training_run(folder: Path, name: str) -> TrainingRun:
     return dataclasses.replace(run, load_N=np.full_like(run.load_N, np.nan), intervals=[]) if run.is_padded else run
 
 
-def _reports(train: Document) -> list[tuple[int, float, float, float]]:
-    """(iteration, loss, tokens/s, max/mean load or NaN) of each report."""
-    reports: list[tuple[int, float, float, float]] = []
-    for index in range(len(train.get(("history",), list))):
-        at = ("history", index)
-        if "lm_loss" not in train.get(at, dict):
+def _reports(train: Document, history: list[_Record]) -> list[_Record]:
+    """The records of training steps."""
+    last, reports = 0, []
+    for index, record in enumerate(history):
+        if record.lm_loss is None:
             continue
-        iteration = train.get((*at, "iteration"), int)
-        if iteration <= (reports[-1][0] if reports else 0):
-            raise train.error((*at, "iteration"), "iterations must begin at 1 or later and increase", found=iteration)
-        tokens_per_s = train.get((*at, "tokens_per_s"), float)
-        if tokens_per_s <= 0:
-            raise train.error((*at, "tokens_per_s"), "must be above 0", found=tokens_per_s)
-        load = train.get((*at, "max_over_mean_load"), float, default=math.nan)
-        reports.append((iteration, train.get((*at, "lm_loss"), float), tokens_per_s, load))
+        at = ("history", index)
+        if record.tokens_per_s is None:
+            raise train.error(at, "'tokens_per_s' is missing")
+        if record.iteration <= last:
+            raise train.error((*at, "iteration"), "iterations must begin at 1 or later and increase", found=record.iteration)
+        last = record.iteration
+        reports.append(record)
     if not reports:
         raise train.error(("history",), "reports no training step", try_="a run of at least one iteration")
     return reports
 
 
-def _validation(train: Document) -> list[tuple[int, float]]:
-    places = [("history", index) for index, record in enumerate(train.data["history"]) if "validation_loss" in record]
-    return [(train.get((*at, "iteration"), int), train.get((*at, "validation_loss"), float)) for at in places]
-
-
 def _events(train: Document) -> tuple[list[Interval], list[Replan], list[str]]:
     intervals, replans, failures = [], [], []
-    for index in range(len(train.get(("events",), list, default=[]))):
-        at = ("events", index)
-        event = train.get(at, dict)
-        kind = train.get((*at, "event"), str)
-        if kind == "interval":
-            intervals.append(Interval(**_fields(train, at, Interval)))
-        elif kind == "replan":
-            replans.append(Replan(**_fields(train, at, Replan)))
-        elif "reason" in event:
-            where = f"at iteration {event['iteration']}" if "iteration" in event else ""
-            failures.append(f"{kind} {where}: {' '.join(train.get((*at, 'reason'), str).split())}")
+    for index, values in enumerate(train.data.get("events", [])):
+        try:
+            event = check({"interval": Interval, "replan": Replan}.get(values["event"], _Event), values)
+        except ScaleMoEError as error:
+            field = ("events", index, *error.field)
+            raise error.at(train.place(field), field) from error
+        if isinstance(event, Interval):
+            intervals.append(event)
+        elif isinstance(event, Replan):
+            replans.append(event)
+        elif event.reason is not None:
+            where = "" if event.iteration is None else f"at iteration {event.iteration}"
+            failures.append(f"{event.event} {where}: {' '.join(event.reason.split())}")
     return intervals, replans, failures
-
-
-def _fields(train: Document, at: tuple, kind: type) -> dict:
-    types = {"int": int, "float": float, "bool": bool}
-    found = {}
-    for field in dataclasses.fields(kind):
-        name, _, optional = str(field.type).partition(" | ")
-        missing = optional and train.get(at, dict).get(field.name) is None
-        found[field.name] = None if missing else train.get((*at, field.name), types[name])
-    return found

@@ -63,7 +63,7 @@ def test_what_is_not_ours_is_listed_and_the_rest_is_read(tmp_path):
         ("a.json", b'{"rows": [\n{"policy": 7, "step_us": 3}]}', "a.json:2: rows.0.policy: must be text"),
         ("a.json", b'{"step_us": -1, "dispatch_us": 0, "combine_us": 0, "compute_us": 0}', "step_us: must be 0 or more"),
         ("a.json", b'{"step_us": 1e999, "dispatch_us": 0, "combine_us": 0, "compute_us": 0}', "step_us: must be a finite number"),
-        ("a.json", b'{"solver": "s", "cost_us": 1, "layers": [{"history": [[1]]}]}', "must be [seconds, cost_us]"),
+        ("a.json", b'{"solver": "s", "cost_us": 1, "layers": [{"history": [[1]]}]}', "layers.0.history.0: must be 2 items"),
         ("a.json", b'{"solver": "s", "cost_us": 1, "layers": [3]}', "layers.0: must be a mapping"),
         ("a.json", b'{"rows": [{"policy": "x"', "a.json:1: not valid JSON"),
         ("a.json", b"\xff\xfe", "not a text file"),

@@ -128,8 +128,12 @@ def whole_ticks(*axes: object) -> None:
         axis.get_major_locator().set_params(integer=True)
 
 
-def bar_labels(axes: Axes, ends: list[float], texts: list[str]) -> None:
-    """A text beside the end of each horizontal bar, and room for it."""
+def bar_axes(axes: Axes, names: list[str], xlabel: str, ends: list[float], texts: list[str]) -> None:
+    """Axes of horizontal bars, the first at the top: each with its name, a text beside its end, and room for that."""
+    axes.set_yticks(range(len(names)), [label(name) for name in names])
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    axes.set_xlabel(xlabel)
     longest = max([*ends, 1e-12])
     for row, (end, text) in enumerate(zip(ends, texts, strict=True)):
         axes.text(end + 0.012 * longest, row, text, va="center", fontsize=9)

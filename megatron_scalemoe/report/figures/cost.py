@@ -18,12 +18,11 @@ from megatron_scalemoe.report.figures.common import (
     VERMILION,
     Panel,
     Table,
-    bar_labels,
+    bar_axes,
     drawing,
     format_gap,
     format_ratio,
     format_us,
-    label,
     time_unit,
     to_svg,
 )
@@ -67,12 +66,9 @@ def policies_panel(rows: Sequence[dict], name: str) -> Panel:
             left += width
         steps = [row["step_us"] / scale for row in shown]
         axis.plot(steps, at, linestyle="none", marker="|", markersize=17, markeredgewidth=2, color=VERMILION, label="step")
-        axis.set_yticks(at, [label(row["policy"]) for row in shown])
-        axis.invert_yaxis()
-        axis.grid(axis="x")
-        axis.set_xlabel(f"{unit} per micro-batch, forward and backward of all MoE layers")
         texts = [format_us(row["step_us"]) + (f", {_times(shown[0], row)}" if i else "") for i, row in enumerate(shown)]
-        bar_labels(axis, [max(a, b) for a, b in zip(left, steps, strict=True)], texts)
+        xlabel = f"{unit} per micro-batch, forward and backward of all MoE layers"
+        bar_axes(axis, [row["policy"] for row in shown], xlabel, np.maximum(left, steps).tolist(), texts)
         handles, names = axis.get_legend_handles_labels()
         figure.legend(handles[1:] + handles[:1], names[1:] + names[:1], loc="outside upper left", ncols=5, borderaxespad=0)
         svg = to_svg(figure, name)
@@ -123,12 +119,9 @@ def dispatch_panel(rows: Sequence[dict], file: str, number: int) -> Panel:
         above = [max(0.0, row.get("p90_ms", row["median_ms"]) - row["median_ms"]) for row in shown]
         colors = [BASELINE_COLOR if row is baseline else PLAN_COLOR if row is best else GREY for row in shown]
         axis.barh(range(len(shown)), median, height=0.68, color=colors, xerr=[[0.0] * len(shown), above], ecolor=VERMILION, capsize=3)
-        axis.set_yticks(range(len(shown)), [label(_dispatcher(row)) for row in shown])
-        axis.invert_yaxis()
-        axis.grid(axis="x")
-        axis.set_xlabel("ms for dispatch + combine, forward and backward: median, and 90th percentile (whisker)")
         texts = [f"{row['median_ms']:.2f} ms" + (f", {row['ratio_to_stock']:.2f}x" if i else "") for i, row in enumerate(shown)]
-        bar_labels(axis, [m + a for m, a in zip(median, above, strict=True)], texts)
+        xlabel = "ms for dispatch + combine, forward and backward: median, and 90th percentile (whisker)"
+        bar_axes(axis, [_dispatcher(row) for row in shown], xlabel, np.add(median, above).tolist(), texts)
         svg = to_svg(figure, f"dispatch-{number}")
     title = f"{_dispatcher(best)} takes {best['ratio_to_stock']:.2f}x the time of {baseline['dispatcher']}"
     if best is baseline:
@@ -170,11 +163,8 @@ def solvers_panel(rows: Sequence[dict], file: str, number: int) -> Panel:
         if bounds:
             axis.axvline(float(np.mean(bounds)) / 1e3, color=VERMILION, linestyle="--", label="lower bound")
             axis.legend(loc="lower right")
-        axis.set_yticks(range(len(names)), [label(name) for name in names])
-        axis.invert_yaxis()
-        axis.grid(axis="x")
-        axis.set_xlabel("cost, ms per micro-batch (mean over runs)")
-        bar_labels(axis, [cost[name] / 1e3 for name in names], [f"{format_us(cost[name])} in {seconds[name]:.2f} s" for name in names])
+        texts = [f"{format_us(cost[name])} in {seconds[name]:.2f} s" for name in names]
+        bar_axes(axis, names, "cost, ms per micro-batch (mean over runs)", [cost[name] / 1e3 for name in names], texts)
         svg = to_svg(figure, f"solvers-{number}")
     gaps = {name: [row["gap"] for row in runs[name] if "gap" in row] for name in names}
     cells = [

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
-from megatron_scalemoe.report.collect import Curve
 from megatron_scalemoe.report.figures.common import (
     BLUE,
     GREY,
@@ -24,6 +23,7 @@ from megatron_scalemoe.report.figures.common import (
     to_svg,
     whole_ticks,
 )
+from megatron_scalemoe.report.results import Curve
 
 _CURVE_POINTS, _MAX_CURVES = 240, 100
 # A cost so many times its bound makes the differences near the bound invisible on a linear axis.

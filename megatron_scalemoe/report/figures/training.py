@@ -17,7 +17,7 @@ from megatron_scalemoe.report.figures.common import (
     SKY,
     VERMILION,
     Panel,
-    bar_labels,
+    bar_axes,
     drawing,
     format_ratio,
     label,
@@ -45,13 +45,10 @@ def speed_panel(runs: Sequence[TrainingRun]) -> Panel:
             median, at, xerr=[median - low, high - median], fmt="none", ecolor=VERMILION, capsize=3, label="10th to 90th percentile"
         )
         axis.plot(mean, at, linestyle="none", marker="D", markersize=5, color=PURPLE, label="mean, pauses included")
-        axis.set_yticks(at, [label(run.name) for run in shown])
-        axis.invert_yaxis()
-        axis.grid(axis="x")
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.set_xlabel("tokens/s: median of the reports of the second half")
         texts = [f"{m:,.0f}" + (f", {format_ratio(m / median[0])}x" if i else "") for i, m in enumerate(median)]
-        bar_labels(axis, list(np.maximum(high, mean)), texts)
+        xlabel = "tokens/s: median of the reports of the second half"
+        bar_axes(axis, [run.name for run in shown], xlabel, list(np.maximum(high, mean)), texts)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         figure.legend(loc="outside upper left", ncols=2, borderaxespad=0)
         svg = to_svg(figure, "training-speed")
     note = "Speeds are medians over the reports of each run's second half; the mean counts every pause, replans and moves of experts too. "

@@ -1,8 +1,8 @@
 import numpy as np
 
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
-from megatron_scalemoe.report.collect import Curve
 from megatron_scalemoe.report.figures.plan import change_panel, convergence_panel, plan_change
+from megatron_scalemoe.report.results import Curve
 from tests.report import small_run
 from tests.report.figures.svg import texts
 
