@@ -26,7 +26,10 @@ _PUBLIC = {
     "RoutingTrace": "traffic.trace",
     "load_trace": "traffic.trace",
     "CostModel": "cost.model",
-    "plan_cost": "cost.layer",
+    "Links": "cost.network",
+    "plan_cost": "cost.plan",
+    "PlanRequest": "placement.plan_trace",
+    "plan_trace": "placement.plan_trace",
     "solve_trace": "placement.solve",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,11 @@ from paper import BYTES_PER_VALUE, EXPERTS, HIDDEN_SIZE, LAYERS, RANKS, TOKENS_P
 from workload import Workload
 
 from megatron_scalemoe.cost.exchange import exchange_phases, padded_rows
-from megatron_scalemoe.cost.layer import phases_us, plan_cost
+from megatron_scalemoe.cost.layer import exchange_us
 from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.cost.network import Links
+from megatron_scalemoe.cost.plan import plan_cost
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
-from megatron_scalemoe.topology.graph import Topology
-from megatron_scalemoe.topology.ports import Ports, ports_of
-from megatron_scalemoe.topology.routes import Routes, compute_routes
 from megatron_scalemoe.topology.topology_file import load_topology
 
 _TOPOLOGIES = Path(__file__).resolve().parent.parent / "topologies"
@@ -26,35 +24,24 @@ _COST = CostModel(hidden_size=HIDDEN_SIZE, ffn_hidden_size=4 * HIDDEN_SIZE, gate
 EXCHANGES = 4 * LAYERS
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Network:
-    """A topology with what is computed from it once."""
-
-    topology: Topology
-    routes: Routes
-    ports: Ports
-
-
-def load_network(name: str) -> Network:
+def load_network(name: str) -> Links:
     """`homogeneous`: 4 p4d nodes at 100 Gb/s. `heterogeneous`: one of them at 50 Gb/s."""
-    topology = load_topology(_TOPOLOGIES / f"p4d_{name}.yaml")
-    routes = compute_routes(topology)
-    return Network(topology, routes, ports_of(topology, routes))
+    return Links(load_topology(_TOPOLOGIES / f"p4d_{name}.yaml"))
 
 
-def padded_s(capacity: int, network: Network) -> float:
+def padded_s(capacity: int, network: Links) -> float:
     """Tutel: 2DH exchanges of `capacity` rows for each (rank, expert), whatever the tokens chose. Seconds per iteration."""
     bytes_GG = padded_rows(RANKS, EXPERTS // RANKS, capacity) * _COST.row_bytes
-    phases = exchange_phases(bytes_GG, network.topology.node_of_rank, "2dh")
-    dispatch_us, combine_us = (phases_us(p, network.routes, _COST)[0] for p in (phases, [phase.T for phase in phases]))
+    phases = exchange_phases(bytes_GG, network.node_of_rank, "2dh")
+    dispatch_us, combine_us = (exchange_us(p, network, _COST)[0] for p in (phases, [phase.T for phase in phases]))
     return EXCHANGES / 2 * (dispatch_us + combine_us) / 1e6
 
 
-def ragged_s(workload: Workload, network: Network) -> float:
+def ragged_s(workload: Workload, network: Links) -> float:
     """Flat exchanges of the chosen rows only, between the experts' homes. Seconds per iteration."""
     hosts_LEG = workload.home_rank_LE[:, :, None] == np.arange(RANKS)
     plan = PlacementPlan.from_hosts(workload.home_rank_LE, hosts_LEG, replica_slots_per_rank=0)
-    layers = [plan_cost(plan, i, workload.trace.layer(i), network.routes, network.topology, _COST) for i in range(LAYERS)]
+    layers = plan_cost(plan, workload.trace, network, _COST).layers
     return sum(layer.dispatch_us + layer.combine_us for layer in layers) / 1e6
 
 

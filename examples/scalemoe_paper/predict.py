@@ -12,10 +12,12 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from network import NETWORKS, Network, load_network, padded_s, ragged_s, remote_rows
+from network import NETWORKS, load_network, padded_s, ragged_s, remote_rows
 from paper import COLUMNS, COMMUNICATION_SHARE, EXPERTS, LOCAL_SHARE_BY_REPLICAS, REPLICAS, STAGES, TOKENS_PER_RANK, TOPK
 from remap import remap
 from workload import after_clustering, before_clustering
+
+from megatron_scalemoe.cost.network import Links
 
 # Stage and column of the two cells.
 CAPACITY_CELL, ROW_CELL = (0, 0), (1, 0)
@@ -74,7 +76,7 @@ def simulate(*, local_share: float = LOCAL_SHARE_BY_REPLICAS[REPLICAS], seed: in
     )
 
 
-def _padded_s(capacity: int, networks: list[Network]) -> np.ndarray:
+def _padded_s(capacity: int, networks: list[Links]) -> np.ndarray:
     return np.array([padded_s(capacity, network) for network in networks])
 
 

@@ -7,17 +7,17 @@ Suffixes: L layers, C clusters (as many as ranks), G ranks, N nodes, E experts.
 from __future__ import annotations
 
 import numpy as np
-from network import Network
 from paper import RANKS, TOPK
 from workload import Workload
 
 from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.cost.network import Links
 from megatron_scalemoe.placement.problem import LayerProblem
 from megatron_scalemoe.placement.solvers.genetic import solve_genetic
 from megatron_scalemoe.traffic.trace import LayerTraffic, RoutingTrace
 
 
-def remap(workload: Workload, network: Network, seed: int) -> Workload:
+def remap(workload: Workload, network: Links, seed: int) -> Workload:
     """The same clusters on better ranks, in all layers alike: never busier at the nodes' ports than before."""
     rank_of_cluster_C = best_ranks(rows_between_clusters(workload), network, seed)
     counts = np.empty_like(workload.trace.counts)
@@ -31,7 +31,7 @@ def rows_between_clusters(workload: Workload) -> np.ndarray:
     return workload.trace.counts[0] @ lives_on_LEC.astype(np.float64)
 
 
-def best_ranks(rows_LCC: np.ndarray, network: Network, seed: int) -> np.ndarray:
+def best_ranks(rows_LCC: np.ndarray, network: Links, seed: int) -> np.ndarray:
     """int64 [C]: the rank of each cluster."""
     mean_CC = rows_LCC.mean(axis=0)
     traffic = LayerTraffic(mean_CC, None, mean_CC.sum(axis=0)[None], TOPK)
@@ -43,7 +43,7 @@ def best_ranks(rows_LCC: np.ndarray, network: Network, seed: int) -> np.ndarray:
     return solve_genetic(problem, rng=np.random.default_rng(seed), deadline=np.inf, fitness=fitness)
 
 
-def busiest_ports(rows_LCC: np.ndarray, rank_C: np.ndarray, network: Network) -> float:
+def busiest_ports(rows_LCC: np.ndarray, rank_C: np.ndarray, network: Links) -> float:
     """Rows per GB/s at the busiest node port, dispatch and combine, summed over the layers: what remapping can change."""
     ports = network.ports
     on_node_CN = (ports.node_of_rank[rank_C][:, None] == np.arange(ports.num_nodes)).astype(np.float64)

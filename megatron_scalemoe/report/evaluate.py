@@ -7,13 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_scalemoe.cost.layer import plan_cost, whole_counts
 from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.cost.network import Links, Unlimited
+from megatron_scalemoe.cost.plan import plan_cost
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
-from megatron_scalemoe.plan.split import split_tokens
 from megatron_scalemoe.topology.graph import Topology
-from megatron_scalemoe.topology.routes import compute_routes
-from megatron_scalemoe.traffic.matrices import selections_between_ranks
 from megatron_scalemoe.traffic.trace import RoutingTrace
 
 CONTIGUOUS = "contiguous"
@@ -48,30 +46,23 @@ def evaluate_plans(
     topology: of as many ranks as the trace. Raises `ScaleMoEError` for an exchange that it does not allow (2dh with unequal nodes).
     """
     everything = {CONTIGUOUS: PlacementPlan.contiguous(trace.num_layers, trace.num_ranks, trace.num_experts), **plans}
-    traffic = [trace.layer(layer) for layer in range(trace.num_layers)]
-    routes = None if topology is None else compute_routes(topology)
+    network = Unlimited(trace.num_ranks) if topology is None else Links(topology)
     result = []
     for name, plan in everything.items():
         progress(name)
-        if topology is None or routes is None:
-            one_node = np.zeros(trace.num_ranks, dtype=np.int64)
-            load = [_rank_load(whole_counts(t.counts), slots, one_node) for t, slots in zip(traffic, plan.physical_to_logical, strict=True)]
-            result.append(Evaluation(name=name, plan=plan, load=np.array(load, dtype=np.float64)))
+        priced = plan_cost(plan, trace, network, cost)
+        load = np.array([layer.load_G for layer in priced.layers])
+        if topology is None:
+            result.append(Evaluation(name=name, plan=plan, load=load))
             continue
-        layers = [plan_cost(plan, layer, traffic[layer], routes, topology, cost) for layer in range(trace.num_layers)]
         result.append(
             Evaluation(
                 name=name,
                 plan=plan,
-                load=np.array([layer.load_G for layer in layers]),
-                link_us=np.sum([layer.link_time_us_M for layer in layers], axis=0),
-                total_us=sum(layer.total_us for layer in layers),
-                bytes_scale_out=sum(layer.bytes_scale_out for layer in layers),
+                load=load,
+                link_us=np.sum([layer.busy_us_X for layer in priced.layers], axis=0),
+                total_us=priced.total_us,
+                bytes_scale_out=priced.bytes_scale_out,
             )
         )
     return result
-
-
-def _rank_load(counts_GE: np.ndarray, slots_P: np.ndarray, node_of_rank_G: np.ndarray) -> np.ndarray:
-    ranks = counts_GE.shape[0]
-    return selections_between_ranks(split_tokens(counts_GE, slots_P, ranks, node_of_rank_G), ranks).sum(axis=0)

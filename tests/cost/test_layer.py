@@ -6,15 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scalemoe.cost.layer import LayerCost, layer_cost, plan_cost, replica_link_us, whole_counts
+from megatron_scalemoe.cost.layer import LayerCost, replica_us, tokens_cost, whole_counts
 from megatron_scalemoe.cost.model import CostModel
-from megatron_scalemoe.cost.replicas import replica_us
+from megatron_scalemoe.cost.network import Links
+from megatron_scalemoe.cost.plan import plan_cost
+from megatron_scalemoe.cost.replicas import replica_us as port_replica_us
 from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan
 from megatron_scalemoe.topology.graph import Override
 from megatron_scalemoe.topology.ports import port_time_us, ports_of, two_level_ports
 from megatron_scalemoe.topology.routes import compute_routes
 from megatron_scalemoe.traffic.matrices import rows_between_ranks
-from megatron_scalemoe.traffic.trace import LayerTraffic
+from megatron_scalemoe.traffic.trace import LayerTraffic, RoutingTrace
 from tests.cost.cluster import equal_nodes, star_cluster
 
 COST = CostModel(hidden_size=512, ffn_hidden_size=128, exchange_overhead_us=3.0, gpu_TFLOPs=1.0)
@@ -38,7 +40,7 @@ def tokens_to_homes(traffic: LayerTraffic, slots_P: np.ndarray) -> np.ndarray:
 
 
 def cost_of(topology, traffic, slots_P, cost=COST) -> LayerCost:
-    return layer_cost(tokens_to_homes(traffic, slots_P), slots_P, traffic, compute_routes(topology), topology, cost)
+    return tokens_cost(tokens_to_homes(traffic, slots_P), slots_P, traffic, Links(topology), cost)
 
 
 def exchange_us_pair_by_pair(bytes_GG, topology, cost) -> float:
@@ -90,7 +92,7 @@ def test_relabelling_ranks_together_with_the_topology_changes_no_cost(seed, exch
     after = cost_of(star_cluster([gpus[i] for i in order], seed=seed), relabelled, slots.reshape(6, 3)[order].reshape(-1), cost)
     for field in dataclasses.fields(LayerCost):
         a, b = getattr(before, field.name), getattr(after, field.name)
-        a, b = (a[order], b) if field.name == "load_G" else (np.sort(a), np.sort(b)) if field.name == "link_time_us_M" else (a, b)
+        a, b = (a[order], b) if field.name == "load_G" else (np.sort(a), np.sort(b)) if field.name == "busy_us_X" else (a, b)
         np.testing.assert_allclose(a, b, rtol=1e-12, err_msg=field.name)
 
 
@@ -127,7 +129,7 @@ def test_a_node_throttled_to_half_doubles_the_time_of_its_links():
     traffic, slots = random_traffic(np.random.default_rng(2), 4, 8), np.arange(8)
     topology = star_cluster(equal_nodes(2, 2))
     throttled = topology.overridden(Override("node1", scale=0.5))
-    before, after = cost_of(topology, traffic, slots).link_time_us_M, cost_of(throttled, traffic, slots).link_time_us_M
+    before, after = cost_of(topology, traffic, slots).busy_us_X, cost_of(throttled, traffic, slots).busy_us_X
     leaves_node = np.array([("fabric" in link) and any("nic1." in name for name in link) for link in topology.links])
     np.testing.assert_allclose(after, np.where(leaves_node, 2 * before, before))
 
@@ -154,9 +156,9 @@ def test_the_price_of_replicas_at_links_is_that_at_ports_where_ports_are_all_tha
     home_rank = np.repeat(np.arange(6), 2)
     hosts = (home_rank[:, None] == np.arange(6)) | (rng.random((12, 6)) < 0.2)
     ports = two_level_ports(2, 3, scale_up_GBps=400.0, scale_out_GBps=50.0)
-    at_links = replica_link_us(home_rank, hosts, COST, compute_routes(topology))
+    at_links = replica_us(home_rank, hosts, Links(topology), COST)
     assert at_links > 0
-    assert at_links == pytest.approx(replica_us(home_rank, hosts, COST, ports))
+    assert at_links == pytest.approx(port_replica_us(home_rank, hosts, COST, ports))
 
 
 def test_the_price_of_replicas_is_the_way_out_and_the_way_back_over_the_links():
@@ -167,7 +169,7 @@ def test_the_price_of_replicas_is_the_way_out_and_the_way_back_over_the_links():
     slowest = [min(topology.graph.edges[hop]["bandwidth_GBps"] for hop in nx.utils.pairwise(path)) for path in (there, back)]
     expected = sum(COST.expert_bytes / GBps / 1e3 for GBps in slowest)
     assert slowest[0] != slowest[1]
-    assert replica_link_us(np.arange(4), hosts, COST, compute_routes(topology)) == pytest.approx(expected)
+    assert replica_us(np.arange(4), hosts, Links(topology), COST) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("exchange", ["flat", "1dh", "2dh"])
@@ -175,18 +177,17 @@ def test_the_fabrics_links_carry_the_bytes_between_nodes_of_all_phases(exchange)
     topology = star_cluster(equal_nodes(2, 3), seed=7)
     result = cost_of(topology, random_traffic(np.random.default_rng(8), 6, 12), np.arange(12), dataclasses.replace(COST, exchange=exchange))
     into_fabric = np.array([target == "fabric" for _, target in topology.links])
-    assert (result.link_time_us_M * topology.bandwidth_GBps * 1e3)[into_fabric].sum() == pytest.approx(result.bytes_scale_out)
+    assert (result.busy_us_X * topology.bandwidth_GBps * 1e3)[into_fabric].sum() == pytest.approx(result.bytes_scale_out)
     up = np.array([source.startswith("gpu") and target.startswith("switch") for source, target in topology.links])
-    assert (result.link_time_us_M * topology.bandwidth_GBps * 1e3)[up].sum() == pytest.approx(result.bytes_scale_up)
+    assert (result.busy_us_X * topology.bandwidth_GBps * 1e3)[up].sum() == pytest.approx(result.bytes_scale_up)
 
 
 def test_plan_cost_splits_the_traffic_over_copies_and_adds_their_price():
-    traffic = LayerTraffic(np.array([[40.0, 0], [40.0, 0]]), None, np.array([[80.0, 0]]), 1)
-    topology = star_cluster(equal_nodes(1, 2))
-    routes = compute_routes(topology)
+    trace = RoutingTrace(np.array([[[[40, 0], [40, 0]]]]))
+    links = Links(star_cluster(equal_nodes(1, 2)))
     plan = PlacementPlan(np.array([[0, EMPTY, 1, 0]]), 2, 2)
-    with_replica = plan_cost(plan, 0, traffic, routes, topology, COST)
-    without = plan_cost(PlacementPlan.contiguous(1, 2, 2), 0, traffic, routes, topology, COST)
+    [with_replica] = plan_cost(plan, trace, links, COST).layers
+    [without] = plan_cost(PlacementPlan.contiguous(1, 2, 2), trace, links, COST).layers
     np.testing.assert_array_equal(with_replica.load_G, [40, 40])
     np.testing.assert_array_equal(without.load_G, [80, 0])
     assert (with_replica.max_over_mean, without.max_over_mean) == (1.0, 2.0)

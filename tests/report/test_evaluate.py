@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from megatron_scalemoe.cost.layer import plan_cost
 from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.cost.network import Links
+from megatron_scalemoe.cost.plan import plan_cost
 from megatron_scalemoe.report.evaluate import evaluate_plans
-from megatron_scalemoe.topology.routes import compute_routes
 from tests.report import small_run
 
 
@@ -25,10 +25,9 @@ def test_contiguous_comes_first_and_loads_are_the_traces():
 
 def test_with_a_topology_sums_over_layers_are_those_of_layer_cost():
     (_, plan), _ = evaluate(small_run.topology(), {"p": small_run.plan()})
-    topology, routes = small_run.topology(), compute_routes(small_run.topology())
-    layers = [plan_cost(small_run.plan(), i, small_run.trace().layer(i), routes, topology, CostModel()) for i in range(2)]
+    layers = plan_cost(small_run.plan(), small_run.trace(), Links(small_run.topology()), CostModel()).layers
     assert plan.total_us == pytest.approx(sum(layer.total_us for layer in layers))
-    np.testing.assert_allclose(plan.link_us, sum(layer.link_time_us_M for layer in layers))
+    np.testing.assert_allclose(plan.link_us, sum(layer.busy_us_X for layer in layers))
 
 
 def test_without_a_topology_there_are_loads_only():

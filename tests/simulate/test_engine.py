@@ -5,19 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scalemoe.cost.layer import plan_cost
 from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.cost.network import Links
+from megatron_scalemoe.cost.plan import plan_cost
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
-from megatron_scalemoe.simulate.engine import replanned, replay_fixed, replay_plans
-from megatron_scalemoe.topology.routes import compute_routes
+from megatron_scalemoe.simulate.engine import Replanning, replanned, replay
 from megatron_scalemoe.traffic.trace import RoutingTrace
 from tests.cost.cluster import equal_nodes, star_cluster
 
 COST = CostModel(hidden_size=64, ffn_hidden_size=32, gpu_TFLOPs=0.01, micro_batches=2)
 # Random links, so that the way there and the way back differ.
-TOPOLOGY = star_cluster(equal_nodes(2, 2), seed=5)
-ROUTES = compute_routes(TOPOLOGY)
+LINKS = Links(star_cluster(equal_nodes(2, 2), seed=5))
 SUMMARY_KEYS = (
     "step_us dispatch_us combine_us compute_us replica_us max_over_mean_mean max_over_mean_p95 bytes_scale_out bytes_scale_up wait_share "
     "migrated_bytes migration_us replans steps warm_up_steps"
@@ -44,41 +43,39 @@ def plan_with_replicas(seed: int, layers: int = 3) -> PlacementPlan:
 @pytest.mark.parametrize("even", [False, True])
 def test_a_replay_costs_what_its_steps_and_layers_cost_one_by_one(even):
     trace, plan = small_trace(), plan_with_replicas(1)
-    replay = replay_fixed(trace, plan, ROUTES, TOPOLOGY, COST, even=even)
+    replayed = replay(trace, plan, LINKS, COST, even=even)
     for step in range(trace.num_steps):
-        for layer in range(trace.num_layers):
-            alone = plan_cost(plan, layer, trace.layer(layer, slice(step, step + 1)), ROUTES, TOPOLOGY, COST, even=even)
+        for layer, alone in enumerate(plan_cost(plan, trace, LINKS, COST, steps=slice(step, step + 1), even=even).layers):
             for name in ("dispatch_us", "combine_us", "compute_us", "replica_us", "total_us", "bytes_scale_out", "max_over_mean"):
-                assert getattr(replay, name)[step, layer] == pytest.approx(getattr(alone, name), rel=1e-12), name
-            np.testing.assert_array_equal(replay.load[step, layer], alone.load_G)
+                assert getattr(replayed, name)[step, layer] == pytest.approx(getattr(alone, name), rel=1e-12), name
+            np.testing.assert_array_equal(replayed.load[step, layer], alone.load_G)
             wait_us = [(max(alone.load_G) - own) * COST.compute_us_per_row for own in alone.load_G]
-            np.testing.assert_allclose(replay.wait_us[step, layer], wait_us)
+            np.testing.assert_allclose(replayed.wait_us[step, layer], wait_us)
 
 
 def test_summary_has_the_stable_keys_and_adds_up():
-    replay = replay_fixed(small_trace(), plan_with_replicas(1), ROUTES, TOPOLOGY, COST)
-    summary = replay.summary()
+    replayed = replay(small_trace(), plan_with_replicas(1), LINKS, COST)
+    summary = replayed.summary()
     assert sorted(summary) == sorted(SUMMARY_KEYS.split())
     parts = ("dispatch_us", "combine_us", "compute_us", "replica_us")
     assert summary["step_us"] == pytest.approx(sum(summary[name] for name in parts))
-    assert summary["step_us"] == pytest.approx(replay.total_us.sum() / 5)
+    assert summary["step_us"] == pytest.approx(replayed.total_us.sum() / 5)
     assert summary["max_over_mean_p95"] >= summary["max_over_mean_mean"] >= 1
-    assert summary["wait_share"] == pytest.approx(replay.wait_us.sum() / 4 / replay.total_us.sum())
+    assert summary["wait_share"] == pytest.approx(replayed.wait_us.sum() / 4 / replayed.total_us.sum())
     assert (summary["steps"], summary["warm_up_steps"], summary["replans"], summary["migrated_bytes"]) == (5, 0, 0, 0)
 
 
 def test_warm_up_steps_are_left_out_of_the_summary_but_counted():
     trace, plan = small_trace(), plan_with_replicas(2)
-    whole = replay_fixed(trace, plan, ROUTES, TOPOLOGY, COST, warm_up_steps=2)
-    later = replay_fixed(dataclasses.replace(trace, counts=trace.counts[2:]), plan, ROUTES, TOPOLOGY, COST)
+    whole = replay(trace, plan, LINKS, COST, warm_up_steps=2)
+    later = replay(dataclasses.replace(trace, counts=trace.counts[2:]), plan, LINKS, COST)
     assert whole.summary() == {**later.summary(), "warm_up_steps": 2}
-    np.testing.assert_allclose(whole.link_time_us, later.link_time_us)
 
 
 def test_balancing_the_copies_is_never_worse_than_splitting_evenly():
     trace, plan = small_trace(), plan_with_replicas(3)
-    balanced = replay_fixed(trace, plan, ROUTES, TOPOLOGY, COST).max_over_mean
-    even = replay_fixed(trace, plan, ROUTES, TOPOLOGY, COST, even=True).max_over_mean
+    balanced = replay(trace, plan, LINKS, COST).max_over_mean
+    even = replay(trace, plan, LINKS, COST, even=True).max_over_mean
     assert (balanced <= even * 1.01).all() and balanced.mean() < even.mean()
 
 
@@ -95,7 +92,7 @@ def test_each_step_runs_under_the_newest_plan_made_from_counts_at_least_lag_step
         seen.append((known, plan_with_replicas(len(seen) + 1, 1)))
         return seen[-1][1]
 
-    plans = list(replanned(trace, start, planner, every=every, lag=lag, history=history))
+    plans = list(replanned(trace, start, planner, Replanning(every=every, lag=lag, history=history)))
     for step, plan in enumerate(plans):
         newest = max((s for s in range(lag, step + 1) if (s - lag) % every == 0), default=None)
         if newest is None:
@@ -111,35 +108,35 @@ def test_replanning_counts_changed_plans_and_moved_homes_only():
     home_rank = start.home_rank.copy()
     home_rank[1, [0, 7]] = home_rank[1, [7, 0]]
     swapped = PlacementPlan.from_hosts(home_rank, home_rank[:, :, None] == np.arange(4), replica_slots_per_rank=0)
-    plans = replanned(trace, start, lambda *_: PlacementPlan(swapped.physical_to_logical, 4, 8), every=1, lag=2, history=1)
-    replay = replay_plans(trace, plans, ROUTES, TOPOLOGY, COST, warm_up_steps=2)
+    plans = replanned(trace, start, lambda *_: PlacementPlan(swapped.physical_to_logical, 4, 8), Replanning(every=1, lag=2, history=1))
+    replayed = replay(trace, plans, LINKS, COST, warm_up_steps=2)
     moved = 2 * COST.expert_parameters * 14
-    assert replay.migrated_bytes.tolist() == [0, 0, moved, 0, 0, 0]
-    assert (replay.replans, replay.summary()["migrated_bytes"]) == (1, moved)
-    assert np.flatnonzero(replay.migration_us).tolist() == [2]
-    assert replay.summary()["migration_us"] == replay.migration_us[2]
+    assert replayed.migrated_bytes.tolist() == [0, 0, moved, 0, 0, 0]
+    assert (replayed.replans, replayed.summary()["migrated_bytes"]) == (1, moved)
+    assert np.flatnonzero(replayed.migration_us).tolist() == [2]
+    assert replayed.summary()["migration_us"] == replayed.migration_us[2]
 
 
 def test_progress_is_told_after_every_step():
     told = []
-    replay_fixed(small_trace(3), PlacementPlan.contiguous(3, 4, 8), ROUTES, TOPOLOGY, COST, progress=told.append)
+    replay(small_trace(3), PlacementPlan.contiguous(3, 4, 8), LINKS, COST, progress=told.append)
     assert told == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("every", "lag", "history"), [(0, 1, 1), (1, -1, 1), (1, 1, 0), (1, 5, 1)])
 def test_a_schedule_that_cannot_be_is_refused(every, lag, history):
-    with pytest.raises(ScaleMoEError, match="replanning"):
-        replanned(small_trace(5), PlacementPlan.contiguous(3, 4, 8), lambda *_: None, every=every, lag=lag, history=history)
+    with pytest.raises(ScaleMoEError, match="must be"):
+        replanned(small_trace(5), PlacementPlan.contiguous(3, 4, 8), lambda *_: None, Replanning(every=every, lag=lag, history=history))
 
 
 @pytest.mark.parametrize(("layers", "ranks", "experts"), [(2, 4, 8), (3, 2, 8), (3, 4, 16)])
 def test_a_plan_for_something_else_is_refused_with_both_sizes(layers, ranks, experts):
     plan = PlacementPlan.contiguous(layers, ranks, experts)
-    with pytest.raises(ScaleMoEError, match=rf"3 layers, 4 ranks and 8 experts[^$]*found: {layers} layers, {ranks} ranks, {experts}"):
-        replay_fixed(small_trace(), plan, ROUTES, TOPOLOGY, COST)
+    with pytest.raises(ScaleMoEError, match=rf"3 layers, 4 ranks and 8 experts[^$]*found: {layers} layers, {ranks} ranks and {experts}"):
+        replay(small_trace(), plan, LINKS, COST)
 
 
 def test_a_topology_of_other_size_is_refused():
     larger = star_cluster(equal_nodes(2, 3))
-    with pytest.raises(ScaleMoEError, match="found: 4 and 6"):
-        replay_fixed(small_trace(), PlacementPlan.contiguous(3, 4, 8), compute_routes(larger), larger, COST)
+    with pytest.raises(ScaleMoEError, match="topology must be for the 4 ranks[^$]*found: 6 ranks"):
+        replay(small_trace(), PlacementPlan.contiguous(3, 4, 8), Links(larger), COST)

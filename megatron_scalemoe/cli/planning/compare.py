@@ -5,33 +5,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table, progress_bar
-from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
-from megatron_scalemoe.cli.planning.inputs import add_input_flags, load_plan_for, load_topology_and_trace
 from megatron_scalemoe.cli.planning.requests import (
-    Planning,
+    add_input_flags,
     add_planning_flags,
-    add_replanning_flags,
-    check_planning_flags,
-    planned_steps,
+    add_split_flag,
+    load_plan_for,
+    replanning_from_args,
+    request_from_args,
 )
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.placement.gap import gap_to
+from megatron_scalemoe.placement.defaults import BASELINE
 from megatron_scalemoe.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from megatron_scalemoe.placement.plan_trace import PlanRequest
 
-    from megatron_scalemoe.cost.model import CostModel
-    from megatron_scalemoe.plan.placement_plan import PlacementPlan
-    from megatron_scalemoe.topology.graph import Topology
-    from megatron_scalemoe.traffic.trace import RoutingTrace
-
-BASELINE = "contiguous"
 POLICIES = (BASELINE, "random", "greedy", "hierarchical", "genetic", "memetic")
 EXACT = "exact"
 # Above this the proof takes longer than anyone waits for a table.
@@ -45,99 +37,50 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_input_flags(parser)
     parser.add_argument("--policies", nargs="+", metavar="NAME", help=f"solvers (default: {', '.join(POLICIES)}, and {EXACT} if small)")
     parser.add_argument("--plans", nargs="+", type=Path, default=[], metavar="FILE", help="plans to compare too, from scalemoe plan")
-    parser.add_argument(
-        "--split", choices=("balanced", "even"), default="balanced", help="tokens between copies of an expert (%(default)s)"
-    )
-    add_replanning_flags(add_planning_flags(parser, solver=False))
-    add_cost_flags(parser)
+    add_split_flag(parser)
+    add_planning_flags(parser, solver=False)
     add_output_flags(parser)
     parser.set_defaults(handler=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Plans and replays with each policy."""
-    check_planning_flags(args)
     check_output(args.output, force=args.force)
     from megatron_scalemoe.placement.solve import check_solver
-    from megatron_scalemoe.plan.placement_plan import PlacementPlan
+    from megatron_scalemoe.simulate.policies import Comparison
 
-    planning = Planning.from_args(args)
-    topology, trace = load_topology_and_trace(args.topology, args.trace, quiet=args.quiet)
-    if planning.warm_up_steps >= trace.num_steps:
-        problem = f"--replan-lag must be less than the {trace.num_steps} recorded steps of {args.trace}"
-        raise ScaleMoEError(problem, found=planning.warm_up_steps)
-    cost = cost_from_args(args, trace.meta)
-    policies = list(dict.fromkeys([BASELINE, *(args.policies or POLICIES)]))
-    if args.policies is None and planning.replicas == 0 and trace.num_experts * trace.num_ranks <= _MOST_EXACT_VARIABLES:
-        policies.append(EXACT)
+    replanning = replanning_from_args(args)
+    request = request_from_args(args, replanning=replanning)
+    policies = _policies(args, request)
     for policy in policies:
         check_solver(policy)
-    contiguous = PlacementPlan.contiguous(trace.num_layers, trace.num_ranks, trace.num_experts)
-    # A file may have the name of a solver: a plan goes with each name, or None where one is to be made.
-    candidates = [(policy, contiguous if policy == BASELINE else None) for policy in policies]
-    candidates += [(str(path), load_plan_for(path, trace, args.trace, topology)) for path in args.plans]
-    price = _Pricing(trace, topology, cost, planning, even=args.split == "even")
+    # A file may have the name of a solver.
+    plans = [(path, load_plan_for(path, request.trace, args.trace)) for path in args.plans]
+    comparison = Comparison(request, replanning, even=args.split == "even")
     rows = []
-    bar = progress_bar(args, len(candidates), "policy")
-    for policy, plan in candidates:
-        began = time.monotonic()
-        try:
-            plans = [plan] * trace.num_steps if plan else list(price.plans(policy))
-            rows.append(price.row(policy, plans, time.monotonic() - began))
-        except ScaleMoEError as error:
-            if policy != EXACT or args.policies:
-                raise
-            if not args.quiet:
-                print(f"scalemoe: note: no exact solution: {error}", file=sys.stderr)
-        bar.update()
-    bar.close()
-    made_from = {"topology": str(args.topology), "trace": str(args.trace), "cost": dataclasses.asdict(cost)}
-    result = {"rows": rows, "split": args.split, "replicas": planning.replicas, **made_from}
+    with progress_bar(args, len(policies) + len(plans), "policy") as bar:
+        for policy in policies:
+            try:
+                rows.append(comparison.row_of_solver(policy))
+            except ScaleMoEError as error:
+                if policy != EXACT or args.policies:
+                    raise
+                if not args.quiet:
+                    print(f"scalemoe: note: no exact solution: {error}", file=sys.stderr)
+            bar.update()
+        for path, plan in plans:
+            rows.append(comparison.row(str(path), plan))
+            bar.update()
+    made_from = {"topology": str(args.topology), "trace": str(args.trace), "cost": dataclasses.asdict(request.cost)}
+    result = {"rows": rows, "split": args.split, "replicas": request.replicas, **made_from}
     emit(args, result, format_result(result))
     return OK
 
 
-class _Pricing:
-    """What is the same for all policies: inputs, routes, ports, and the lower bounds, each computed once."""
-
-    def __init__(self, trace: RoutingTrace, topology: Topology, cost: CostModel, planning: Planning, *, even: bool):
-        from megatron_scalemoe.topology.ports import ports_of
-        from megatron_scalemoe.topology.routes import compute_routes
-
-        self.trace, self.topology, self.cost, self.planning, self.even = trace, topology, cost, planning, even
-        self.routes = compute_routes(topology)
-        self.ports = ports_of(topology, self.routes)
-        self._bounds_us: dict[int, float] = {}
-
-    def lower_bound_us(self, plans: list[PlacementPlan]) -> float:
-        """No placement with as many slots as `plans`, or as the flags allow, costs less. Of a plan file, the slots may be more."""
-        from megatron_scalemoe.placement.bound import lower_bound_us
-        from megatron_scalemoe.placement.problem import LayerProblem
-
-        experts, ranks = self.trace.num_experts, self.trace.num_ranks
-        slots = max(plan.physical_to_logical.shape[1] for plan in plans)
-        replicas = min(max(self.planning.replicas, slots - experts), experts * (ranks - 1))
-        if replicas not in self._bounds_us:
-            options = {"ports": self.ports, "cost": self.cost, "replicas": replicas}
-            problems = [LayerProblem(traffic=self.trace.layer(layer), **options) for layer in range(self.trace.num_layers)]
-            self._bounds_us[replicas] = sum(map(lower_bound_us, problems))
-        return self._bounds_us[replicas]
-
-    def plans(self, policy: str) -> Iterable[PlacementPlan]:
-        return planned_steps(policy, self.planning, self.trace, self.ports, self.cost)
-
-    def row(self, policy: str, plans: list[PlacementPlan], seconds: float) -> dict:
-        """The replay's summary, and the cost of the last plan under the trace's mean traffic. seconds: that the plans took."""
-        from megatron_scalemoe.cost.layer import plan_cost
-        from megatron_scalemoe.simulate.engine import replay_plans
-
-        inputs = (self.routes, self.topology, self.cost)
-        replay = replay_plans(self.trace, plans, *inputs, even=self.even, warm_up_steps=self.planning.warm_up_steps)
-        layers = range(self.trace.num_layers)
-        cost_us = sum(plan_cost(plans[-1], i, self.trace.layer(i), *inputs, even=self.even).total_us for i in layers)
-        bound_us = self.lower_bound_us(plans)
-        solved = {"cost_us": cost_us, "lower_bound_us": bound_us, "gap": gap_to(bound_us, cost_us), "seconds": seconds}
-        return {"policy": policy, **replay.summary(), **solved}
+def _policies(args: argparse.Namespace, request: PlanRequest) -> list[str]:
+    policies = list(dict.fromkeys([BASELINE, *(args.policies or POLICIES)]))
+    small = request.trace.num_experts * request.trace.num_ranks <= _MOST_EXACT_VARIABLES
+    return [*policies, EXACT] if args.policies is None and request.replicas == 0 and small else policies
 
 
 def format_result(result: dict) -> str:

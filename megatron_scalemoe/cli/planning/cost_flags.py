@@ -1,9 +1,10 @@
 """The flags that make a `CostModel`, shared by every command that prices a placement."""
 
 import argparse
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_scalemoe.cost.model import EXCHANGES, CostModel
@@ -52,12 +53,8 @@ def cost_from_args(args: argparse.Namespace, meta: Mapping[str, object] | None =
     for name, value in recorded.items():
         if type(value) is not int:
             raise ScaleMoEError(f"the trace's meta: {name} must be an integer", found=repr(value)[:80], try_=_flag(name))
-    try:
+    with naming_flags():
         cost = CostModel(**{**recorded, **given})
-    except ScaleMoEError as error:
-        name = str(error).split()[0]
-        problem, _, found = str(error).partition("\n  found: ")
-        raise ScaleMoEError(problem.replace(name, _flag(name)), found=found) from error
     if args.calibration is None or "exchange_overhead_us" in given:
         return cost
     from megatron_scalemoe.cost.calibrate import fit_bench
@@ -70,6 +67,19 @@ def cost_from_args(args: argparse.Namespace, meta: Mapping[str, object] | None =
         )
         print(f"scalemoe: calibration: one exchange takes {text}; links keep the topology's bandwidth", file=sys.stderr)
     return fit.apply(cost)
+
+
+@contextlib.contextmanager
+def naming_flags(prefix: str = "") -> Iterator[None]:
+    """Errors about a field of what is made inside name the flag that sets it."""
+    try:
+        yield
+    except ScaleMoEError as error:
+        name, _, rest = str(error).partition(" ")
+        if not rest.startswith("must "):
+            raise
+        problem, _, found = rest.partition("\n  found: ")
+        raise ScaleMoEError(f"{_flag(prefix + name)} {problem}", found=found) from error
 
 
 def _flag(name: str) -> str:

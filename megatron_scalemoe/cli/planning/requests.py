@@ -1,94 +1,116 @@
-"""The flags of planning, shared by plan, simulate and compare; and the plans that they ask for, one for each recorded step."""
+"""The flags that plan, simulate and compare share, and the `PlanRequest` that they make: files and numbers, read and checked once."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import math
-from collections.abc import Iterable
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args, naming_flags
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.defaults import SOLVER, TIME_BUDGET_S
 
 if TYPE_CHECKING:
-    from megatron_scalemoe.cost.model import CostModel
+    from megatron_scalemoe.placement.plan_trace import PlanRequest
     from megatron_scalemoe.plan.placement_plan import PlacementPlan
-    from megatron_scalemoe.topology.ports import Ports
+    from megatron_scalemoe.simulate.engine import Replanning
+    from megatron_scalemoe.topology.graph import Topology
     from megatron_scalemoe.traffic.trace import RoutingTrace
 
-# Recorded steps that a replan looks back on.
-HISTORY = 4
+REPLANNING_BUDGET_S = 1.0
 
 
-def add_planning_flags(
-    parser: argparse.ArgumentParser, *, time_budget_s: float | None = None, solver: bool = True
-) -> argparse._ArgumentGroup:
-    """`--solver`, `--replicas`, `--time-budget`, `--seed`."""
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """`--topology` and `--trace`, both needed, and the cost model's."""
+    parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="the cluster, from scalemoe topology")
+    parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="the routing, from scalemoe trace")
+    add_cost_flags(parser)
+
+
+def add_planning_flags(parser: argparse.ArgumentParser, *, solver: bool = True, replanning: bool = True) -> None:
+    """`--solver`, `--replicas`, `--time-budget`, `--seed`; `--replan-every`, `--replan-lag`."""
     group = parser.add_argument_group("planning")
     if solver:
         group.add_argument("--solver", metavar="NAME", help=f"{SOLVER} (default), or a name that `compare` shows")
     group.add_argument("--replicas", type=int, metavar="N", help="extra slots per layer, in total over all ranks (0)")
-    budget = f"{TIME_BUDGET_S:g}; 1 when replanning" if time_budget_s is None else f"{time_budget_s:g}"
-    group.add_argument("--time-budget", type=float, default=time_budget_s, metavar="S", help=f"seconds for a plan of all layers ({budget})")
+    budget = f"{TIME_BUDGET_S:g}; {REPLANNING_BUDGET_S:g} when replanning" if replanning else f"{TIME_BUDGET_S:g}"
+    group.add_argument("--time-budget", type=float, metavar="S", help=f"seconds for a plan of all layers ({budget})")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the solver (%(default)s)")
-    return group
+    if replanning:
+        group.add_argument("--replan-every", type=int, metavar="N", help="make a new plan every N recorded steps (1, with --replan-lag)")
+        group.add_argument(
+            "--replan-lag", type=int, metavar="N", help="its newest counts are N recorded steps old (1, with --replan-every)"
+        )
 
 
-def add_replanning_flags(group: argparse._ArgumentGroup) -> None:
-    """`--replan-every`, `--replan-lag`."""
-    group.add_argument("--replan-every", type=int, metavar="N", help="make a new plan every N recorded steps (1, with --replan-lag)")
-    group.add_argument("--replan-lag", type=int, metavar="N", help="its newest counts are N recorded steps old (1, with --replan-every)")
+def add_split_flag(parser: argparse.ArgumentParser) -> None:
+    """`--split`."""
+    text = "tokens between copies of an expert (%(default)s)"
+    parser.add_argument("--split", choices=("balanced", "even"), default="balanced", help=text)
 
 
-def check_planning_flags(args: argparse.Namespace) -> None:
-    """Raises `ScaleMoEError` for numbers out of range."""
-    for name, least in (("replicas", 0), ("replan_every", 1), ("replan_lag", 0), ("seed", 0)):
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            raise ScaleMoEError(f"--{name.replace('_', '-')} must be {least} or more", found=value)
-    if args.time_budget is not None and not (math.isfinite(args.time_budget) and args.time_budget > 0):
-        raise ScaleMoEError("--time-budget must be a number of seconds above 0", found=args.time_budget)
+def request_from_args(args: argparse.Namespace, *, replanning: Replanning | None = None) -> PlanRequest:
+    """Reads the files, and checks the flags. Raises `ScaleMoEError` naming the file or the flag."""
+    from megatron_scalemoe.placement.plan_trace import PlanRequest
+
+    trace = _load_trace(args.trace)
+    topology = load_topology_for(args.topology, trace.num_ranks, args.trace, quiet=args.quiet)
+    budget_s = TIME_BUDGET_S if replanning is None else REPLANNING_BUDGET_S
+    options = {
+        "solver": getattr(args, "solver", None) or SOLVER,
+        "replicas": args.replicas or 0,
+        "seed": args.seed,
+        "time_budget_s": budget_s if args.time_budget is None else args.time_budget,
+        "last_steps": getattr(args, "last_steps", None),
+        "shared": getattr(args, "shared", False),
+    }
+    cost = cost_from_args(args, trace.meta)
+    with naming_flags():
+        return PlanRequest(trace=trace, topology=topology, cost=cost, **options)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Planning:
-    """What the flags ask for. replan_every, replan_lag: None for one plan from the whole trace."""
+def replanning_from_args(args: argparse.Namespace) -> Replanning | None:
+    """None for one plan from the whole trace."""
+    from megatron_scalemoe.simulate.engine import Replanning
 
-    replicas: int
-    seed: int
-    time_budget_s: float
-    replan_every: int | None
-    replan_lag: int | None
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Planning:
-        every, lag = args.replan_every, args.replan_lag
-        if every is not None or lag is not None:
-            every, lag = (1 if value is None else value for value in (every, lag))
-        budget_s = args.time_budget or (TIME_BUDGET_S if every is None else 1.0)
-        return cls(replicas=args.replicas or 0, seed=args.seed, time_budget_s=budget_s, replan_every=every, replan_lag=lag)
-
-    @property
-    def warm_up_steps(self) -> int:
-        """The first recorded steps, before there is a plan."""
-        return self.replan_lag or 0
+    every, lag = args.replan_every, args.replan_lag
+    if every is None and lag is None:
+        return None
+    with naming_flags("replan_"):
+        return Replanning(every=1 if every is None else every, lag=1 if lag is None else lag)
 
 
-def planned_steps(solver: str, planning: Planning, trace: RoutingTrace, ports: Ports, cost: CostModel) -> Iterable[PlacementPlan]:
-    """The plan in force at each recorded step, made by `solver`. Raises `ScaleMoEError` for an unknown solver or a short trace."""
-    from megatron_scalemoe.placement.migration import align_plan, interchangeable_ranks
-    from megatron_scalemoe.placement.solve import check_solver, solve_trace
-    from megatron_scalemoe.plan.placement_plan import PlacementPlan
-    from megatron_scalemoe.simulate.engine import replanned
+def load_topology_for(path: Path, num_ranks: int, ranks_of: Path, *, quiet: bool = False) -> Topology:
+    """The first ranks of a topology. Raises `ScaleMoEError` if it has fewer than the file `ranks_of` needs."""
+    from megatron_scalemoe.topology.topology_file import load_topology
 
-    check_solver(solver)
-    contiguous = PlacementPlan.contiguous(trace.num_layers, trace.num_ranks, trace.num_experts)
+    topology = load_topology(path)
+    if topology.num_ranks < num_ranks:
+        problem = f"{path} must have a GPU for each of the {num_ranks} ranks of {ranks_of}"
+        raise ScaleMoEError(problem, found=f"{topology.num_ranks} GPUs", try_=f"a topology of {num_ranks} GPUs or more")
+    if topology.num_ranks > num_ranks and not quiet:
+        note = f"{path} has {topology.num_ranks} GPUs, {ranks_of} {num_ranks} ranks: the first GPUs are used"
+        print(f"scalemoe: note: {note}", file=sys.stderr)
+    return topology.subset(num_ranks)
 
-    def planner(trace: RoutingTrace, steps: slice, previous: PlacementPlan) -> PlacementPlan:
-        options = {"solver": solver, "replicas": planning.replicas, "seed": planning.seed, "time_budget_s": planning.time_budget_s}
-        return align_plan(previous, solve_trace(trace, ports, cost, steps=steps, **options).plan, interchangeable_ranks(ports))
 
-    if planning.replan_every is None:
-        return [planner(trace, slice(None), contiguous)] * trace.num_steps
-    return replanned(trace, contiguous, planner, every=planning.replan_every, lag=planning.replan_lag, history=HISTORY)
+def _load_trace(path: Path) -> RoutingTrace:
+    """Raises `ScaleMoEError` if its experts cannot be placed."""
+    from megatron_scalemoe.traffic.trace import load_trace
+
+    trace = load_trace(path)
+    if trace.num_experts % trace.num_ranks:
+        problem, found = f"{path}: the number of experts must be a multiple of the ranks", f"{trace.num_experts} on {trace.num_ranks}"
+        raise ScaleMoEError(problem, found=found, try_="a trace of ranks that divide the experts")
+    return trace
+
+
+def load_plan_for(plan_path: Path, trace: RoutingTrace, trace_path: Path) -> PlacementPlan:
+    """The plan, which must be for the layers, ranks and experts of the trace. Raises `ScaleMoEError` naming both files."""
+    from megatron_scalemoe.plan.fit import check_fit
+    from megatron_scalemoe.plan.placement_plan import load_plan
+
+    plan = load_plan(plan_path)
+    check_fit({str(trace_path): trace, str(plan_path): plan}, try_="scalemoe plan with this trace")
+    return plan

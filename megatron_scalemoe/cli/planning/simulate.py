@@ -10,28 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table, progress_bar
-from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
-from megatron_scalemoe.cli.planning.inputs import add_input_flags, load_plan_for, load_topology_and_trace
 from megatron_scalemoe.cli.planning.requests import (
-    Planning,
+    add_input_flags,
     add_planning_flags,
-    add_replanning_flags,
-    check_planning_flags,
-    planned_steps,
+    add_split_flag,
+    load_plan_for,
+    replanning_from_args,
+    request_from_args,
 )
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.placement.defaults import SOLVER
+from megatron_scalemoe.placement.defaults import BASELINE
 from megatron_scalemoe.units import format_bytes
 
 if TYPE_CHECKING:
-    from megatron_scalemoe.cost.model import CostModel
+    from megatron_scalemoe.placement.plan_trace import PlanRequest
     from megatron_scalemoe.plan.placement_plan import PlacementPlan
-    from megatron_scalemoe.simulate.engine import Replay
-    from megatron_scalemoe.topology.graph import Topology
-    from megatron_scalemoe.topology.routes import Routes
-    from megatron_scalemoe.traffic.trace import RoutingTrace
+    from megatron_scalemoe.simulate.engine import Replanning, Replay
 
-BASELINE = "contiguous"
 PLANNING_FLAGS = ("solver", "replicas", "replan_every", "replan_lag", "time_budget")
 
 
@@ -62,74 +57,57 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("simulate", help=about, allow_abbrev=False, description=__doc__)
     add_input_flags(parser)
     parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan, from scalemoe plan; or plan now with the flags below")
-    parser.add_argument(
-        "--split", choices=("balanced", "even"), default="balanced", help="tokens between copies of an expert (%(default)s)"
-    )
+    add_split_flag(parser)
     parser.add_argument("--timeline", type=Path, metavar="FILE", help="also draw the last step, for ui.perfetto.dev (Chrome trace JSON)")
-    add_replanning_flags(add_planning_flags(parser))
-    add_cost_flags(parser)
+    add_planning_flags(parser)
     add_output_flags(parser)
     parser.set_defaults(handler=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Replays, prints and writes."""
-    validate(args)
+    planning = [name for name in PLANNING_FLAGS if getattr(args, name) is not None]
+    if args.plan is not None and planning:
+        raise ScaleMoEError(f"--{planning[0].replace('_', '-')} makes a plan, --plan gives one: use one of them")
     check_output(args.output, force=args.force)
-    if args.timeline is not None:
-        check_output(args.timeline, force=args.force, flag="--timeline")
-    from megatron_scalemoe.plan.placement_plan import PlacementPlan
-    from megatron_scalemoe.simulate.engine import replay_fixed, replay_plans
-    from megatron_scalemoe.topology.routes import compute_routes
+    check_output(args.timeline, force=args.force, flag="--timeline")
+    from megatron_scalemoe.simulate.engine import replay
 
-    topology, trace = load_topology_and_trace(args.topology, args.trace, quiet=args.quiet)
-    cost = cost_from_args(args, trace.meta)
-    routes = compute_routes(topology)
-    contiguous = PlacementPlan.contiguous(trace.num_layers, trace.num_ranks, trace.num_experts)
-    policy, plans, warm_up_steps = _policy(args, trace, topology, routes, cost)
-    inputs = {"routes": routes, "topology": topology, "cost": cost, "even": args.split == "even", "warm_up_steps": warm_up_steps}
-    replay = baseline = replay_fixed(trace, contiguous, **inputs)
+    replanning = replanning_from_args(args)
+    request = request_from_args(args, replanning=replanning)
+    policy, plans = _policy(args, request, replanning) if planning or args.plan else (BASELINE, None)
+    options = {"even": args.split == "even", "warm_up_steps": replanning.lag if replanning else 0}
+    replayed = baseline = replay(request.trace, request.contiguous, request.links, request.cost, **options)
     if plans is not None:
-        with progress_bar(args, trace.num_steps, "step") as progress:
-            replay = replay_plans(trace, plans, progress=lambda step: progress.update(step - progress.n), **inputs)
-    result = _result(args, policy, replay, baseline) | {"cost": dataclasses.asdict(cost)}
+        with progress_bar(args, request.trace.num_steps, "step") as bar:
+            advance = {"progress": lambda step: bar.update(step - bar.n)}
+            replayed = replay(request.trace, plans, request.links, request.cost, **options, **advance)
+    result = _result(args, policy, replayed, baseline) | {"cost": dataclasses.asdict(request.cost)}
     emit(args, result, format_result(result, compared=plans is not None))
     if args.timeline is not None:
-        _write_timeline(args, replay, topology)
+        _write_timeline(args, replayed, request)
     return OK
 
 
-def validate(args: argparse.Namespace) -> None:
-    """Raises `ScaleMoEError` for flags that do not go together or are out of range."""
-    for name in PLANNING_FLAGS:
-        if args.plan is not None and getattr(args, name) is not None:
-            raise ScaleMoEError(f"--{name.replace('_', '-')} makes a plan, --plan gives one: use one of them")
-    check_planning_flags(args)
-
-
 def _policy(
-    args: argparse.Namespace, trace: RoutingTrace, topology: Topology, routes: Routes, cost: CostModel
-) -> tuple[str, Iterable[PlacementPlan] | None, int]:
-    """(name, a plan for each step or None for the baseline alone, warm-up steps before the first plan)."""
+    args: argparse.Namespace, request: PlanRequest, replanning: Replanning | None
+) -> tuple[str, PlacementPlan | Iterable[PlacementPlan]]:
+    """(name, the plan or one for each step)."""
     if args.plan is not None:
-        return args.plan.name, [load_plan_for(args.plan, trace, args.trace, topology)] * trace.num_steps, 0
-    if all(getattr(args, name) is None for name in PLANNING_FLAGS):
-        return BASELINE, None, 0
-    from megatron_scalemoe.topology.ports import ports_of
+        return args.plan.name, load_plan_for(args.plan, request.trace, args.trace)
+    from megatron_scalemoe.simulate.policies import planned_steps
 
-    planning, solver = Planning.from_args(args), args.solver or SOLVER
-    plans = planned_steps(solver, planning, trace, ports_of(topology, routes), cost)
-    name = f"{solver} + {planning.replicas} replicas" if planning.replicas else solver
-    if planning.replan_every is not None:
-        name += f", every {planning.replan_every}, lag {planning.replan_lag}"
-    return name, plans, planning.warm_up_steps
+    name = f"{request.solver} + {request.replicas} replicas" if request.replicas else request.solver
+    if replanning is not None:
+        name += f", every {replanning.every}, lag {replanning.lag}"
+    return name, planned_steps(request, replanning)
 
 
-def _write_timeline(args: argparse.Namespace, replay: Replay, topology: Topology) -> None:
+def _write_timeline(args: argparse.Namespace, replay: Replay, request: PlanRequest) -> None:
     from megatron_scalemoe.simulate.timeline import drawn_layers, write_timeline
 
     steps, layers = replay.total_us.shape
-    write_timeline(replay, topology.node_of_rank, steps - 1, args.timeline, force=args.force)
+    write_timeline(replay, request.topology.node_of_rank, steps - 1, args.timeline, force=args.force)
     if drawn_layers(replay) < layers and not args.quiet:
         print(f"scalemoe: note: {args.timeline} shows {drawn_layers(replay)} of {layers} layers", file=sys.stderr)
 

@@ -10,9 +10,7 @@ import pytest
 
 from megatron_scalemoe.cli.main import main
 from megatron_scalemoe.plan.placement_plan import PlacementPlan, load_plan, save_plan
-from megatron_scalemoe.topology.topology_file import save_topology
 from megatron_scalemoe.traffic.trace import RoutingTrace, save_trace
-from tests.cost.cluster import equal_nodes, star_cluster
 from tests.simulate.test_engine import SUMMARY_KEYS, plan_with_replicas, small_trace
 
 STABLE_KEYS = {"policy", "cost_us", "lower_bound_us", "gap", "seconds", *SUMMARY_KEYS.split()}
@@ -20,38 +18,16 @@ INPUTS = ["--topology", "topo.yaml", "--trace", "trace.npz"]
 COST = ["--hidden-size", "64", "--ffn-hidden-size", "32", "--gpu-tflops", "0.001", "--micro-batches", "64"]
 
 
-@pytest.fixture
-def files(tmp_path, monkeypatch):
-    """A topology of 4 GPUs and a trace of 4 ranks without co-activation, in the working directory; and flags that name them."""
-    monkeypatch.chdir(tmp_path)
-    save_topology(star_cluster(equal_nodes(2, 2)), Path("topo.yaml"))
-    save_trace(small_trace(), Path("trace.npz"))
-    return ["compare", *INPUTS, "--time-budget", "0.3", *COST]
-
-
-def run_json(capsys, *arguments: str) -> dict:
-    assert main([*arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+COMPARE = ["compare", *INPUTS, "--time-budget", "0.3", *COST]
 
 
 def policies(result: dict) -> list[str]:
     return [row["policy"] for row in result["rows"]]
 
 
-def failure(capsys, *arguments: str) -> str:
-    assert main(list(arguments)) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    return captured.err
-
-
-def top1_trace(path: Path) -> None:
-    save_trace(RoutingTrace(small_trace().counts[:2, :1]), path)
-
-
-def test_by_default_the_baseline_comes_first_and_the_exact_solver_last_where_it_can(files, capsys):
-    top1_trace(Path("top1.npz"))
-    assert main([*files, "--trace", "top1.npz", "--json", "-o", "result.json"]) == 0
+def test_by_default_the_baseline_comes_first_and_the_exact_solver_last_where_it_can(folder, capsys):
+    save_trace(RoutingTrace(small_trace().counts[:2, :1]), Path("top1.npz"))
+    assert main([*COMPARE, "--trace", "top1.npz", "--json", "-o", "result.json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert policies(result) == ["contiguous", "random", "greedy", "hierarchical", "genetic", "memetic", "exact"]
@@ -64,72 +40,71 @@ def test_by_default_the_baseline_comes_first_and_the_exact_solver_last_where_it_
         assert row["lower_bound_us"] <= row["cost_us"] * (1 + 1e-9), row["policy"]
 
 
-def test_what_the_exact_solver_cannot_do_is_a_note_unless_it_was_asked_for(files, capsys):
-    assert main([*files, "--json"]) == 0
+def test_what_the_exact_solver_cannot_do_is_a_note_unless_it_was_asked_for(folder, capsys, failure):
+    assert main([*COMPARE, "--json"]) == 0
     captured = capsys.readouterr()
     assert policies(json.loads(captured.out)) == ["contiguous", "random", "greedy", "hierarchical", "genetic", "memetic"]
     assert captured.err.startswith("scalemoe: note: no exact solution: the exact solver needs co-activation")
-    assert main([*files, "--json", "--quiet"]) == 0
+    assert main([*COMPARE, "--json", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
-    assert "the exact solver needs co-activation" in failure(capsys, *files, "--policies", "exact")
+    assert "the exact solver needs co-activation" in failure(*COMPARE, "--policies", "exact")
 
 
-def test_the_chosen_policies_are_compared_once_each_with_the_baseline(files, capsys):
-    result = run_json(capsys, *files, "--policies", "greedy", "contiguous", "random", "greedy", "--replicas", "4")
+def test_the_chosen_policies_are_compared_once_each_with_the_baseline(run_json):
+    result = run_json(*COMPARE, "--policies", "greedy", "contiguous", "random", "greedy", "--replicas", "4")
     assert policies(result) == ["contiguous", "greedy", "random"]
     assert (result["replicas"], result["split"]) == (4, "balanced")
 
 
-def test_a_plan_costs_in_compare_what_it_costs_in_plan_and_simulate(files, capsys):
-    planned = run_json(capsys, "plan", *files[1:], "--replicas", "4", "-o", "plan.json")
-    simulated = run_json(capsys, "simulate", *INPUTS, *COST, "--plan", "plan.json")
-    row = run_json(capsys, *files, "--policies", "contiguous", "--plans", "plan.json")["rows"][1]
+def test_a_plan_costs_in_compare_what_it_costs_in_plan_and_simulate(run_json):
+    planned = run_json("plan", *COMPARE[1:], "--replicas", "4", "-o", "plan.json")
+    simulated = run_json("simulate", *INPUTS, *COST, "--plan", "plan.json")
+    row = run_json(*COMPARE, "--policies", "contiguous", "--plans", "plan.json")["rows"][1]
     assert row["policy"] == "plan.json"
     assert {key: row[key] for key in SUMMARY_KEYS.split()} == {key: simulated[key] for key in SUMMARY_KEYS.split()}
     assert row["cost_us"] == pytest.approx(planned["cost_us"])
     assert row["lower_bound_us"] == pytest.approx(planned["lower_bound_us"])
 
 
-def test_the_bound_of_a_plan_with_replicas_is_for_its_own_slots(files, capsys):
+def test_the_bound_of_a_plan_with_replicas_is_for_its_own_slots(run_json):
     """What no placement without replicas can reach, one with them does: the other rows keep the tighter bound."""
-    run_json(capsys, "plan", *files[1:], "--replicas", "8", "-o", "plan.json")
+    run_json("plan", *COMPARE[1:], "--replicas", "8", "-o", "plan.json")
     assert load_plan(Path("plan.json")).num_replicas.sum() > 0
-    contiguous, row = run_json(capsys, *files, "--policies", "contiguous", "--plans", "plan.json")["rows"]
+    contiguous, row = run_json(*COMPARE, "--policies", "contiguous", "--plans", "plan.json")["rows"]
     assert row["cost_us"] < contiguous["lower_bound_us"]
     # Mean counts of few tokens, made whole: the cost may be a little below the bound of the means.
     assert row["lower_bound_us"] < row["cost_us"] * 1.001
     assert row["gap"] == pytest.approx(row["cost_us"] / row["lower_bound_us"] - 1)
 
 
-def test_a_plan_file_named_like_a_solver_takes_no_ones_place(files, capsys):
+def test_a_plan_file_named_like_a_solver_takes_no_ones_place(run_json):
     plan = plan_with_replicas(1)
     for name in ("contiguous", "greedy"):
         save_plan(plan, Path(f"{name}.json"))
         os.rename(f"{name}.json", name)
-    rows = run_json(capsys, *files, "--policies", "greedy", "--plans", "contiguous", "greedy")["rows"]
+    rows = run_json(*COMPARE, "--policies", "greedy", "--plans", "contiguous", "greedy")["rows"]
     assert [row["policy"] for row in rows] == ["contiguous", "greedy", "contiguous", "greedy"]
     assert [row["replica_us"] > 0 for row in rows] == [False, False, True, True]
 
 
-def test_even_split_is_never_better_balanced(files, capsys):
+def test_even_split_is_never_better_balanced(run_json):
     save_plan(plan_with_replicas(1), Path("plan.json"))
-    arguments = [*files, "--policies", "contiguous", "--plans", "plan.json"]
-    balanced, even = (run_json(capsys, *arguments, "--split", split)["rows"][1] for split in ("balanced", "even"))
+    arguments = [*COMPARE, "--policies", "contiguous", "--plans", "plan.json"]
+    balanced, even = (run_json(*arguments, "--split", split)["rows"][1] for split in ("balanced", "even"))
     assert even["max_over_mean_mean"] > balanced["max_over_mean_mean"]
 
 
-def test_replanning_leaves_the_warm_up_out_of_every_row(files, capsys):
-    result = run_json(capsys, *files, "--policies", "greedy", "--replan-every", "2", "--replan-lag", "2")
+def test_replanning_leaves_the_warm_up_out_of_every_row(run_json, run_text):
+    result = run_json(*COMPARE, "--policies", "greedy", "--replan-every", "2", "--replan-lag", "2")
     assert [(row["steps"], row["warm_up_steps"]) for row in result["rows"]] == [(3, 2), (3, 2)]
     assert [row["replans"] > 0 for row in result["rows"]] == [False, True]
-    assert main([*files, "--policies", "greedy", "--replan-lag", "2"]) == 0
-    assert "The first 2 recorded steps, before the first plan, are left out." in capsys.readouterr().out
+    text = run_text(*COMPARE, "--policies", "greedy", "--replan-lag", "2")
+    assert "The first 2 recorded steps, before the first plan, are left out." in text
 
 
-def test_the_table_names_the_fastest_and_has_a_line_for_each_policy(files, capsys):
+def test_the_table_names_the_fastest_and_has_a_line_for_each_policy(run_text):
     save_plan(PlacementPlan.contiguous(3, 4, 8), Path("plan.json"))
-    assert main([*files, "--policies", "local_search", "--plans", "plan.json"]) == 0
-    out = capsys.readouterr().out
+    out = run_text(*COMPARE, "--policies", "local_search", "--plans", "plan.json")
     header, _, *rows = out.split("\n\n")[0].splitlines()
     assert header.split()[:3] == ["policy", "step", "ms"]
     assert [row.split()[0] for row in rows] == ["contiguous", "local_search", "plan.json"]
@@ -138,36 +113,35 @@ def test_the_table_names_the_fastest_and_has_a_line_for_each_policy(files, capsy
 
 
 @pytest.mark.parametrize("topk", [1, 2])
-def test_a_trace_without_tokens_is_compared_too(files, capsys, topk):
+def test_a_trace_without_tokens_is_compared_too(run_json, run_text, topk):
     save_trace(RoutingTrace(np.zeros((2, 2, 4, 8), dtype=int), meta={"topk": topk}), Path("zero.npz"))
-    assert main([*files, "--trace", "zero.npz", "--policies", "random", "memetic", "--replicas", "4"]) == 0
-    assert "Fastest: contiguous, 1.00x" in capsys.readouterr().out
-    rows = run_json(capsys, *files, "--trace", "zero.npz", "--policies", "random")["rows"]
+    out = run_text(*COMPARE, "--trace", "zero.npz", "--policies", "random", "memetic", "--replicas", "4")
+    assert "Fastest: contiguous, 1.00x" in out
+    rows = run_json(*COMPARE, "--trace", "zero.npz", "--policies", "random")["rows"]
     assert [(row["step_us"], row["gap"], row["max_over_mean_p95"]) for row in rows] == [(0, 0, 1), (0, 0, 1)]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_what_is_wrong_is_said_in_one_error(failure):
+    save_plan(PlacementPlan.contiguous(2, 4, 8), Path("two.json"))
+    two = "two.json must be for the 3 layers, 4 ranks and 8 experts of trace.npz\n  found: 2 layers"
+    for flags, message in (
         (["--policies", "greedy", "magic"], "there is no such solver\n  found: 'magic'"),
         (["--plans", "none.json"], "none.json: cannot read the file"),
         (["--plans", "topo.yaml"], "topo.yaml:2: name: unknown field"),
         (["--plans", "trace.npz"], "trace.npz: not a text file"),
-        (["--replan-lag", "5"], "--replan-lag must be less than the 5 recorded steps of trace.npz\n  found: 5"),
+        (["--plans", "two.json"], two),
+        (["--replan-lag", "5"], "lag 5, 5 recorded steps"),
+        (["--replan-lag", "-1"], "--replan-lag must be 0 or more"),
         (["--replan-every", "0"], "--replan-every must be 1 or more"),
         (["--replicas", "25"], "replicas must be from 0 to experts x (ranks - 1) = 24"),
         (["--time-budget", "0"], "--time-budget must be a number of seconds above 0"),
         (["--overlap", "nan"], "--overlap must be from 0 to 1"),
         (["-o", "topo.yaml"], "--output: topo.yaml exists"),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_error(files, capsys, flags, message):
-    error = failure(capsys, *files, *flags)
-    assert error.startswith("scalemoe: error: ")
-    assert message in error
+    ):
+        assert message in failure(*COMPARE, *flags)
 
 
-def test_a_wrong_choice_of_split_is_a_usage_error(files, capsys):
+def test_a_wrong_choice_of_split_is_a_usage_error(folder, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main([*files, "--split", "uneven"])
+        main([*COMPARE, "--split", "uneven"])
     assert "invalid choice: 'uneven'" in capsys.readouterr().err
