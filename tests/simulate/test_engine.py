@@ -138,5 +138,5 @@ def test_a_plan_for_something_else_is_refused_with_both_sizes(layers, ranks, exp
 
 def test_a_topology_of_other_size_is_refused():
     larger = star_cluster(equal_nodes(2, 3))
-    with pytest.raises(ScaleMoEError, match="topology must be for the 4 ranks[^$]*found: 6 ranks"):
+    with pytest.raises(ScaleMoEError, match=r"topology must be for the 4 ranks[^$]*found: 6 ranks"):
         replay(small_trace(), PlacementPlan.contiguous(3, 4, 8), Links(larger), COST)

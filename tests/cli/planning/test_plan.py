@@ -113,7 +113,7 @@ def test_what_is_wrong_is_said_in_one_error_without_a_plan(failure):
         (["-o", "."], "--output"),
         (["-o", "none/plan.json"], "--output"),
         (["-o", "/dev/null", "--force"], "--output"),
-        (["-o", 300 * "a"], "--output"),
+        (["-o", 300 * "a"], "cannot write the file"),
     ):
         assert message in failure(*PLAN, *flags), flags
         assert sorted(os.listdir()) == before
