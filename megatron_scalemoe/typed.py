@@ -103,7 +103,8 @@ def error_of(error: ValidationError) -> ScaleMoEError:
         return ScaleMoEError(facts["problem"], found=facts["found"], try_=facts["try_"], field=(*field, *facts["field"]))
     facts = {name: f"{fact:g}" if isinstance(fact, float) else fact for name, fact in facts.items()}
     if kind == "missing":
-        return ScaleMoEError(f"{field[-1]!r} is missing", field=field[:-1])
+        close = difflib.get_close_matches(str(field[-1]), map(str, fault["input"]), n=1)
+        return ScaleMoEError(f"{field[-1]!r} is missing", found=close[0] if close else None, field=field[:-1])
     problem = f"must be {_EXPECTED[kind].format(**facts)}".replace("'", "") if kind in _EXPECTED else fault["msg"]
     return ScaleMoEError(problem, found=shortened(fault["input"]), field=field)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli.common import OK, format_table
 
 if TYPE_CHECKING:
-    from megatron_scalemoe.job.config import JobConfig
+    from megatron_scalemoe.job.job_file import Job
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -28,13 +29,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the flags."""
     from megatron_scalemoe.job.checks import check_job
-    from megatron_scalemoe.job.config import load_job
-    from megatron_scalemoe.job.flags import flag_words, format_flags
+    from megatron_scalemoe.job.flags import flag_words, format_flags, why_unchecked
+    from megatron_scalemoe.job.job_file import load_job
 
     job = load_job(args.config)
     numbers = check_job(job)
+    if why := why_unchecked(job):
+        print(f"scalemoe: note: Megatron's flags are not checked: {why}", file=sys.stderr)
     if args.json:
-        result = {"program": job.program, "flags": flag_words(job), "values": describe_values(job), "follows": numbers}
+        result = {"program": job.content.program, "flags": flag_words(job), "values": describe_values(job), "follows": numbers}
         print(json.dumps(result, indent=2))
     elif args.explain:
         print(format_explanation(job, numbers))
@@ -43,25 +46,22 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
-def describe_values(job: JobConfig) -> list[dict]:
+def describe_values(job: Job) -> list[dict]:
     """All options that have a value, in the order of their sections, and extra flags."""
-    from megatron_scalemoe.job.options import SECTIONS, flag_of
+    from megatron_scalemoe.job.job_file import flag_of
+    from megatron_scalemoe.job.sections import SECTIONS
 
-    rows = [
-        {"section": section, "option": option, "flag": flag_of(section, option), **_origin(job.values[section, option])}
-        for section, options in SECTIONS.items()
-        for option in options
-        if (section, option) in job.values
-    ]
-    extra = [{"section": "extra_flags", "option": None, "flag": None, **_origin(job.extra_flags)}] if job.extra_flags.value else []
-    return rows + extra
-
-
-def _origin(value) -> dict:
-    return {"value": value.value, "origin": value.origin, "from": value.place}
+    rows = []
+    for (section, option), value in sorted(job.values.items(), key=lambda item: SECTIONS.index(item[0][0])):
+        origin = {"value": value.value, "origin": value.origin, "from": value.place}
+        rows.append({"section": section, "option": option, "flag": flag_of(section, option), **origin})
+    if words := job.content.extra_flags:
+        origin = {"value": words, "origin": "file", "from": job.places["extra_flags",]}
+        rows.append({"section": "extra_flags", "option": None, "flag": None, **origin})
+    return rows
 
 
-def format_explanation(job: JobConfig, numbers: dict[str, int]) -> str:
+def format_explanation(job: Job, numbers: dict[str, int]) -> str:
     """Tables of all values and of the numbers that follow."""
     rows = []
     for row in describe_values(job):

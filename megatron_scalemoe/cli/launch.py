@@ -33,13 +33,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the script, or hands it to sbatch and prints the job's number."""
     from megatron_scalemoe.job.checks import check_cluster, check_job
-    from megatron_scalemoe.job.config import load_job
+    from megatron_scalemoe.job.flags import why_unchecked
+    from megatron_scalemoe.job.job_file import load_job
     from megatron_scalemoe.job.sbatch import render_sbatch
 
     check_output(args.output, force=args.force)
     job = load_job(args.config)
     numbers = check_job(job)
     check_cluster(job)
+    if why := why_unchecked(job):
+        print(f"scalemoe: note: Megatron's flags are not checked: {why}", file=sys.stderr)
     text = render_sbatch(job, args.script)
     if args.output is not None:
         write_atomically(args.output, text, force=args.force)
@@ -47,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         print(text, end="")
         return OK
     number = submit(text)
-    print(f"submitted job {number}: {job.get('cluster', 'job_name')}, {numbers['ranks']} ranks")
+    print(f"submitted job {number}: {job.content.cluster.job_name}, {numbers['ranks']} ranks")
     return OK
 
 

@@ -7,17 +7,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_scalemoe.job.config import JobConfig
 from megatron_scalemoe.job.flags import program_words, section_flags
+from megatron_scalemoe.job.job_file import Job
 
 SCRIPTS = ("pretrain", "bench", "topology")
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-# Seconds to save a checkpoint in, before the time is over.
-_SECONDS_TO_SAVE = 300
 _BENCH_TIME = "00:30:00"
 
 
-def render_sbatch(job: JobConfig, script: str) -> str:
+def render_sbatch(job: Job, script: str) -> str:
     """The text of `script`, one of SCRIPTS, for the job."""
     text = (TEMPLATES / f"{script}.sbatch").read_text(encoding="utf-8")
     text = _with_directives(text, _directives(job, script))
@@ -27,24 +25,24 @@ def render_sbatch(job: JobConfig, script: str) -> str:
     return f"{first}\n# Written by `scalemoe launch --config {job.path} --script {script}`.\n{rest}"
 
 
-def _directives(job: JobConfig, script: str) -> dict[str, str | None]:
+def _directives(job: Job, script: str) -> dict[str, str | None]:
     """The values of #SBATCH options; None for one that the script must not have."""
-    cluster = {name: job.get("cluster", name) for name in ("partition", "account", "qos", "gpus_per_node")}
-    name = job.get("cluster", "job_name")
+    cluster = job.content.cluster
+    name = cluster.job_name
     directives = {
         "job-name": name if script == "pretrain" else f"{name}-{script}",
-        "nodes": job.get("cluster", "nodes"),
-        "ntasks-per-node": job.get("cluster", "ranks_per_node"),
-        "gpus-per-node": cluster["gpus_per_node"] or None,
-        "cpus-per-task": job.get("cluster", "cpus_per_rank"),
-        "mem": job.get("cluster", "memory"),
-        "time": job.get("cluster", "time") if script == "pretrain" else _BENCH_TIME,
-        "partition": cluster["partition"],
-        "account": cluster["account"],
-        "qos": cluster["qos"],
+        "nodes": cluster.nodes,
+        "ntasks-per-node": cluster.ranks_per_node,
+        "gpus-per-node": cluster.gpus_per_node or None,
+        "cpus-per-task": cluster.cpus_per_rank,
+        "mem": cluster.memory,
+        "time": cluster.time if script == "pretrain" else _BENCH_TIME,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
     }
     if script == "pretrain":
-        directives["signal"] = f"B:USR1@{job.get('cluster', 'seconds_to_save', _SECONDS_TO_SAVE)}"
+        directives["signal"] = f"B:USR1@{cluster.seconds_to_save}"
     return {name: None if value is None else str(value) for name, value in directives.items()}
 
 
@@ -61,36 +59,38 @@ def _name_of(line: str) -> str:
     return line.removeprefix("#SBATCH --").split("=")[0]
 
 
-def _assignments(job: JobConfig, script: str) -> dict[str, str]:
+def _assignments(job: Job, script: str) -> dict[str, str]:
     """The settings of the script's block that the job decides; others keep what the script says."""
     chosen = {"RUN_DIR": "run_dir", "ENVIRONMENT": "environment", "VENV": "venv", "CONTAINER": "container"}
+    cluster = job.content.cluster
     assignments = {
-        name: f"{name}={shlex.quote(value)}" for name, option in chosen.items() if (value := job.get("cluster", option)) is not None
+        name: f"{name}={shlex.quote(value)}" for name, option in chosen.items() if (value := getattr(cluster, option)) is not None
     }
-    if mounts := job.get("cluster", "mounts"):
-        assignments["MOUNTS"] = f"MOUNTS=({shlex.join(mounts)})"
+    if cluster.mounts:
+        assignments["MOUNTS"] = f"MOUNTS=({shlex.join(cluster.mounts)})"
     if script == "pretrain":
         assignments["PROGRAM"] = f"PROGRAM=({shlex.join(program_words(job))})"
         for section in ("model", "parallel", "moe", "training", "scalemoe"):
             rows = [(shlex.join(words), value.source) for words, value in section_flags(job, section)]
             assignments[section.upper()] = _array(section.upper(), rows)
-        assignments["EXTRA"] = _array("EXTRA", [(shlex.quote(word), job.extra_flags.place) for word in job.extra_flags.value])
+        assignments["EXTRA"] = _array("EXTRA", [(shlex.quote(word), job.places["extra_flags",]) for word in job.content.extra_flags])
     elif script == "bench":
         assignments["BENCH"] = _array("BENCH", _bench_rows(job))
-    elif topology := job.get("scalemoe", "topology"):
+    elif topology := job.content.scalemoe.get("topology"):
         assignments["TOPOLOGY"] = f"TOPOLOGY={shlex.quote(topology)}"
     return assignments
 
 
-def _bench_rows(job: JobConfig) -> list[tuple[str, str]]:
+def _bench_rows(job: Job) -> list[tuple[str, str]]:
     """The MoE layer of the job; its tokens are those of one micro-batch."""
-    tokens = job.get("training", "micro_batch_size") * job.get("model", "seq_length")
+    model, moe = job.content.model, job.content.moe
+    tokens = job.content.training.micro_batch_size * model.seq_length
     rows = [
         (f"--tokens {tokens}", "micro_batch_size x seq_length"),
-        (f"--hidden {job.get('model', 'hidden_size')}", "hidden_size"),
-        (f"--experts {job.get('moe', 'num_experts', 8)}", "num_experts"),
-        (f"--topk {job.get('moe', 'moe_router_topk', 2)}", "moe_router_topk"),
-        (f"--dtype {'bf16' if job.get('model', 'bf16') else 'fp32'}", "bf16"),
+        (f"--hidden {model.hidden_size}", "hidden_size"),
+        (f"--experts {moe.num_experts or 8}", "num_experts"),
+        (f"--topk {moe.moe_router_topk}", "moe_router_topk"),
+        (f"--dtype {'bf16' if model.bf16 else 'fp32'}", "bf16"),
     ]
     return [*rows, ("--skew 1.0", "Zipf exponent of the experts' load")]
 
