@@ -14,13 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
-
 from megatron_scalemoe.config import ScaleMoEConfig, flag_name
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import Document, read_document
 from megatron_scalemoe.job.sections import FLAG_SECTIONS, SECTIONS, JobFile
-from megatron_scalemoe.typed import Model, SchemaVersion, check
+from megatron_scalemoe.typed import Facts, SchemaVersion, check
 
 _MAX_BASES = 8
 _DEFAULTS = {
@@ -103,9 +101,7 @@ def load_job(path: Path) -> Job:
         raise error.at(_place(path, places, error.field)) from error
 
 
-class _Head(Model):
-    model_config = ConfigDict(extra="ignore")
-
+class _Head(Facts):
     schema_version: SchemaVersion
     base: str | None = None
 
