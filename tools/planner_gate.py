@@ -72,21 +72,20 @@ def suite() -> dict[str, dict]:
 def measure(spec: dict, solver: str | None, time_budget_s: float) -> dict:
     """One case: the replayed cost of a step, CPU seconds of the search, and the plan's hash."""
     from megatron_scalemoe.cost.model import CostModel
+    from megatron_scalemoe.cost.network import Links
     from megatron_scalemoe.placement.solve import solve_trace
-    from megatron_scalemoe.simulate.engine import replay_fixed
-    from megatron_scalemoe.topology.ports import ports_of
-    from megatron_scalemoe.topology.routes import compute_routes
+    from megatron_scalemoe.simulate.engine import replay
     from megatron_scalemoe.traffic.synthetic import synthesize
 
     topology = topology_of(spec["topology"])
     trace = synthesize(**spec["traffic"])
-    routes, cost = compute_routes(topology), CostModel(**spec["cost"])
-    ports = ports_of(topology, routes)
+    links, cost = Links(topology), CostModel(**spec["cost"])
+    ports = links.ports
     options = {"solver": solver} if solver else {}
     began = time.process_time()
     plan = solve_trace(trace, ports, cost, replicas=spec["replicas"], time_budget_s=time_budget_s, processes=1, **options).plan
     seconds = time.process_time() - began
-    cost_us = replay_fixed(trace, plan, routes, topology, cost).summary()["step_us"]
+    cost_us = replay(trace, plan, links, cost).summary()["step_us"]
     return {"cost_us": cost_us, "time_s": seconds, "plan": plan.content_hash}
 
 

@@ -56,7 +56,7 @@ def measured_cost(config: TransformerConfig, experts: ScaleMoEGroupedMLP, micro_
     )
     rows = int(min(_ROWS, _MOST_OPERATIONS / (6 * cost.expert_parameters))) // experts.num_local_experts * experts.num_local_experts
     us_per_row = _experts_us(experts, max(rows, experts.num_local_experts)) / max(rows, experts.num_local_experts)
-    return dataclasses.replace(cost, gpu_TFLOPs=6 * cost.expert_parameters / (_mean_over_ranks(us_per_row) * 1e6))
+    return cost.replaced(gpu_TFLOPs=6 * cost.expert_parameters / (_mean_over_ranks(us_per_row) * 1e6))
 
 
 def _experts_us(experts: ScaleMoEGroupedMLP, rows: int) -> float:

@@ -33,7 +33,7 @@ class ExchangeFit:
 
     def apply(self, cost: CostModel) -> CostModel:
         """`cost` with the measured overhead. The bandwidth belongs to the topology: compare, and override its links if they differ."""
-        return dataclasses.replace(cost, exchange_overhead_us=self.overhead_us)
+        return cost.replaced(exchange_overhead_us=self.overhead_us)
 
 
 def fit_exchange(bytes_per_rank: np.ndarray, time_us: np.ndarray) -> ExchangeFit:

@@ -47,11 +47,12 @@ class PlanRequest:
         for name, least in (("replicas", 0), ("seed", 0), ("last_steps", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ScaleMoEError(f"{name} must be {least} or more", found=value)
+                raise ScaleMoEError(f"must be {least} or more", found=value, field=(name,))
         if not (math.isfinite(self.time_budget_s) and self.time_budget_s > 0):
-            raise ScaleMoEError("time_budget must be a number of seconds above 0", found=self.time_budget_s)
+            raise ScaleMoEError("must be a number of seconds above 0", found=self.time_budget_s, field=("time_budget_s",))
         if (self.last_steps or 0) > self.trace.num_steps:
-            raise ScaleMoEError(f"last_steps must be at most the {self.trace.num_steps} recorded steps", found=self.last_steps)
+            problem = f"must be at most the {self.trace.num_steps} recorded steps"
+            raise ScaleMoEError(problem, found=self.last_steps, field=("last_steps",))
 
     @functools.cached_property
     def links(self) -> Links:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import re
 from collections.abc import Callable
@@ -49,7 +48,7 @@ def _files(run: Run) -> Table:
 
 
 def _constants(cost: CostModel) -> Table:
-    rows = [[field.name, str(getattr(cost, field.name))] for field in dataclasses.fields(cost)]
+    rows = [[name, str(value)] for name, value in cost]
     return Table(["constant", "value"], rows, "Cost model of the loads that this page computed")
 
 

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
+from pydantic import Field
 
 from megatron_scalemoe.cost.layer import LayerCost, replica_us, tokens_cost
 from megatron_scalemoe.cost.model import CostModel
@@ -19,6 +20,7 @@ from megatron_scalemoe.plan.fit import check_fit
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.plan.split import split_tokens
 from megatron_scalemoe.traffic.trace import RoutingTrace
+from megatron_scalemoe.typed import Options
 
 # (trace, the steps whose counts it may see, the plan in force) -> the next plan
 Planner = Callable[[RoutingTrace, slice, PlacementPlan], PlacementPlan]
@@ -75,21 +77,15 @@ class Replay:
         }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Replanning:
+class Replanning(Options):
     """A new plan `every` so many recorded steps, from the last `history` steps of counts that are `lag` recorded steps old.
 
     `lag` 0 plans with the step's own counts: what no one can do, a yardstick. Raises `ScaleMoEError` on a number out of range.
     """
 
-    every: int = 1
-    lag: int = 1
-    history: int = 4
-
-    def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("lag", 0), ("history", 1)):
-            if getattr(self, name) < least:
-                raise ScaleMoEError(f"{name} must be {least} or more", found=getattr(self, name))
+    every: int = Field(default=1, ge=1)
+    lag: int = Field(default=1, ge=0)
+    history: int = Field(default=4, ge=1)
 
     def check(self, trace: RoutingTrace) -> None:
         """Raises `ScaleMoEError` when the trace ends before the first plan."""

@@ -64,7 +64,7 @@ def test_flat_exchange_without_deduplication_is_that_of_adding_up_pair_by_pair(s
     topology = star_cluster(equal_nodes(nodes, per_node), seed=seed)
     ranks = topology.num_ranks
     traffic, slots = random_traffic(rng, ranks, 2 * ranks), rng.permutation(2 * ranks)
-    cost = dataclasses.replace(COST, deduplicate=False)
+    cost = COST.replaced(deduplicate=False)
     bytes_GG = traffic.counts[:, slots].reshape(ranks, ranks, 2).sum(axis=2) * cost.row_bytes
     result = cost_of(topology, traffic, slots, cost)
     assert result.dispatch_us == pytest.approx(2 * exchange_us_pair_by_pair(bytes_GG, topology, cost))
@@ -87,7 +87,7 @@ def test_relabelling_ranks_together_with_the_topology_changes_no_cost(seed, exch
             order[machine == node] = np.sort(order[machine == node])
     traffic, slots = random_traffic(rng, 6, 12), np.append(rng.permutation(12), np.full(6, EMPTY)).reshape(3, 6).T.reshape(-1)
     relabelled = dataclasses.replace(traffic, counts=traffic.counts[order])
-    cost = dataclasses.replace(COST, exchange=exchange, deduplicate=deduplicate)
+    cost = COST.replaced(exchange=exchange, deduplicate=deduplicate)
     before = cost_of(star_cluster(gpus, seed=seed), traffic, slots, cost)
     after = cost_of(star_cluster([gpus[i] for i in order], seed=seed), relabelled, slots.reshape(6, 3)[order].reshape(-1), cost)
     for field in dataclasses.fields(LayerCost):
@@ -116,7 +116,7 @@ def test_deduplicated_2dh_sends_fewer_bytes_between_nodes_than_flat_and_flat_few
     traffic, slots = random_traffic(rng, 8, 16, topk=6), np.arange(16)
     sent = {
         (exchange, deduplicate): cost_of(
-            topology, traffic, slots, dataclasses.replace(COST, exchange=exchange, deduplicate=deduplicate)
+            topology, traffic, slots, COST.replaced(exchange=exchange, deduplicate=deduplicate)
         ).bytes_scale_out
         for exchange in ("flat", "2dh")
         for deduplicate in (True, False)
@@ -138,7 +138,7 @@ def test_overlap_hides_the_shorter_part():
     traffic, slots = random_traffic(np.random.default_rng(3), 4, 8), np.arange(8)
     topology = star_cluster(equal_nodes(2, 2))
     apart = cost_of(topology, traffic, slots)
-    hidden = cost_of(topology, traffic, slots, dataclasses.replace(COST, overlap=1.0))
+    hidden = cost_of(topology, traffic, slots, COST.replaced(overlap=1.0))
     assert hidden.total_us == pytest.approx(max(apart.dispatch_us + apart.combine_us, apart.compute_us))
     assert apart.total_us == pytest.approx(apart.dispatch_us + apart.combine_us + apart.compute_us)
 
@@ -175,7 +175,7 @@ def test_the_price_of_replicas_is_the_way_out_and_the_way_back_over_the_links():
 @pytest.mark.parametrize("exchange", ["flat", "1dh", "2dh"])
 def test_the_fabrics_links_carry_the_bytes_between_nodes_of_all_phases(exchange):
     topology = star_cluster(equal_nodes(2, 3), seed=7)
-    result = cost_of(topology, random_traffic(np.random.default_rng(8), 6, 12), np.arange(12), dataclasses.replace(COST, exchange=exchange))
+    result = cost_of(topology, random_traffic(np.random.default_rng(8), 6, 12), np.arange(12), COST.replaced(exchange=exchange))
     into_fabric = np.array([target == "fabric" for _, target in topology.links])
     assert (result.busy_us_X * topology.bandwidth_GBps * 1e3)[into_fabric].sum() == pytest.approx(result.bytes_scale_out)
     up = np.array([source.startswith("gpu") and target.startswith("switch") for source, target in topology.links])

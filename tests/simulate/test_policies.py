@@ -73,7 +73,7 @@ def test_a_request_that_cannot_be_is_refused_by_name():
         ({"replicas": -1}, "replicas"),
         ({"seed": -1}, "seed"),
         ({"last_steps": 0}, "last_steps"),
-        ({"last_steps": 6}, "last_steps must be at most the 5"),
+        ({"last_steps": 6}, "last_steps: must be at most the 5"),
         ({"time_budget_s": float("nan")}, "time_budget"),
         ({"time_budget_s": 0.0}, "time_budget"),
         ({"solver": "memtic"}, "no such solver"),

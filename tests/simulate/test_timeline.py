@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 import json
 
@@ -14,7 +13,7 @@ NODES = LINKS.node_of_rank
 
 
 def replayed(overlap: float = 0.0, gpu_TFLOPs: float = 0.01) -> Replay:
-    cost = dataclasses.replace(COST, overlap=overlap, gpu_TFLOPs=gpu_TFLOPs)
+    cost = COST.replaced(overlap=overlap, gpu_TFLOPs=gpu_TFLOPs)
     return replay(small_trace(), plan_with_replicas(1), LINKS, cost)
 
 

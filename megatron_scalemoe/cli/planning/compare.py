@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         for path, plan in plans:
             rows.append(comparison.row(str(path), plan))
             bar.update()
-    made_from = {"topology": str(args.topology), "trace": str(args.trace), "cost": dataclasses.asdict(request.cost)}
+    made_from = {"topology": str(args.topology), "trace": str(args.trace), "cost": request.cost.model_dump()}
     result = {"rows": rows, "split": args.split, "replicas": request.replicas, **made_from}
     emit(args, result, format_result(result))
     return OK

@@ -2,38 +2,26 @@
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megatron_scalemoe.cost.model import EXCHANGES, CostModel
+from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.typed import plain_kind
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(CostModel)}
 _FROM_TRACE = ("hidden_size", "ffn_hidden_size")
 
 
 def add_cost_flags(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for each field of `CostModel`. What is not given comes from the trace, else is `CostModel`'s default."""
     group = parser.add_argument_group("cost model", "one MoE layer, one micro-batch, forward and backward")
-
-    def add(name: str, kind: type, metavar: str, text: str) -> None:
-        flag = f"--{name.replace('_', '-').lower()}"
-        group.add_argument(flag, dest=name, type=kind, metavar=metavar, help=f"{text} ({_DEFAULTS[name]})")
-
-    add("hidden_size", int, "N", "numbers in a token's row: the trace's, if it has hidden_size")
-    add("ffn_hidden_size", int, "N", "inner width of one expert: the trace's, if it has ffn_hidden_size")
-    group.add_argument("--gated", action=argparse.BooleanOptionalAction, help="experts of three matrices, SwiGLU, or of two (--gated)")
-    add("bytes_per_value", int, "N", "of a row and of a parameter, 2 for bf16")
-    add("gpu_TFLOPs", float, "T", "what a rank reaches in the experts' matrix products, 10^12 operations a second")
-    add("micro_batches", int, "N", "per optimizer step: replicas are refreshed once for all of them")
-    text = "every rank to every rank; through a leader per node; between the nodes to the rank of equal local number"
-    group.add_argument("--exchange", choices=EXCHANGES, help=f"{text} ({_DEFAULTS['exchange']})")
-    text = "one row per (token, rank), or one per (token, expert) (--deduplicate)"
-    group.add_argument("--deduplicate", action=argparse.BooleanOptionalAction, help=text)
-    add("overlap", float, "F", "share of the shorter of communication and compute that hides behind the other, 0 to 1")
-    add("exchange_overhead_us", float, "US", "fixed time of an exchange beside the links' latency")
+    for name, field in CostModel.model_fields.items():
+        kind = plain_kind(field.annotation)
+        default = f"the trace's, or {field.default}" if name in _FROM_TRACE else field.default
+        text = f"{' '.join(field.description.split())} ({_flag(name) if kind is bool else default})"
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": "X" if kind is float else "N"}
+        group.add_argument(_flag(name), dest=name, help=text, **({"choices": kind} if isinstance(kind, tuple) else how))
     group.add_argument(
         "--calibration",
         type=Path,
@@ -48,13 +36,10 @@ def cost_from_args(args: argparse.Namespace, meta: Mapping[str, object] | None =
 
     args: of a parser with `add_cost_flags` and `common.add_output_flags`.
     """
-    given = {name: getattr(args, name) for name in _DEFAULTS if getattr(args, name) is not None}
-    recorded = {name: meta[name] for name in _FROM_TRACE if meta and name in meta}
-    for name, value in recorded.items():
-        if type(value) is not int:
-            raise ScaleMoEError(f"the trace's meta: {name} must be an integer", found=repr(value)[:80], try_=_flag(name))
-    with naming_flags():
-        cost = CostModel(**{**recorded, **given})
+    given = {name: value for name in CostModel.model_fields if (value := getattr(args, name)) is not None}
+    recorded = {name: meta[name] for name in _FROM_TRACE if meta and name in meta and name not in given}
+    with naming_flags(**{name: f"the trace's meta: {name}" for name in recorded}):
+        cost = CostModel(**recorded, **given)
     if args.calibration is None or "exchange_overhead_us" in given:
         return cost
     from megatron_scalemoe.cost.calibrate import fit_bench
@@ -70,16 +55,15 @@ def cost_from_args(args: argparse.Namespace, meta: Mapping[str, object] | None =
 
 
 @contextlib.contextmanager
-def naming_flags(prefix: str = "") -> Iterator[None]:
-    """Errors about a field of what is made inside name the flag that sets it."""
+def naming_flags(**places: str) -> Iterator[None]:
+    """Errors about a field of what is made inside tell the flag that sets it. places: where it is not the flag of the field's name."""
     try:
         yield
     except ScaleMoEError as error:
-        name, _, rest = str(error).partition(" ")
-        if not rest.startswith("must "):
+        if not error.field:
             raise
-        problem, _, found = rest.partition("\n  found: ")
-        raise ScaleMoEError(f"{_flag(prefix + name)} {problem}", found=found) from error
+        name = str(error.field[0])
+        raise error.at(places.get(name, _flag(name)), ()) from error
 
 
 def _flag(name: str) -> str:

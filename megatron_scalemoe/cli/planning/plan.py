@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, format_table, print_result, progress_bar
@@ -64,7 +63,7 @@ def _result(request: PlanRequest, report: PlanReport, written: str | None) -> di
             {"cost_us": priced.total_us, "lower_bound_us": solved.lower_bound_us, "history": [list(p) for p in _thinned(solved.history)]}
             for priced, solved in zip(report.cost.layers, report.solved.layers, strict=True)
         ],
-        "cost": dataclasses.asdict(request.cost),
+        "cost": request.cost.model_dump(),
     }
 
 

@@ -66,7 +66,7 @@ def request_from_args(args: argparse.Namespace, *, replanning: Replanning | None
         "shared": getattr(args, "shared", False),
     }
     cost = cost_from_args(args, trace.meta)
-    with naming_flags():
+    with naming_flags(time_budget_s="--time-budget"):
         return PlanRequest(trace=trace, topology=topology, cost=cost, **options)
 
 
@@ -77,7 +77,7 @@ def replanning_from_args(args: argparse.Namespace) -> Replanning | None:
     every, lag = args.replan_every, args.replan_lag
     if every is None and lag is None:
         return None
-    with naming_flags("replan_"):
+    with naming_flags(every="--replan-every", lag="--replan-lag"):
         return Replanning(every=1 if every is None else every, lag=1 if lag is None else lag)
 
 

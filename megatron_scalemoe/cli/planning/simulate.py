@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         with progress_bar(args, request.trace.num_steps, "step") as bar:
             advance = {"progress": lambda step: bar.update(step - bar.n)}
             replayed = replay(request.trace, plans, request.links, request.cost, **options, **advance)
-    result = _result(args, policy, replayed, baseline) | {"cost": dataclasses.asdict(request.cost)}
+    result = _result(args, policy, replayed, baseline) | {"cost": request.cost.model_dump()}
     emit(args, result, format_result(result, compared=plans is not None))
     if args.timeline is not None:
         _write_timeline(args, replayed, request)

@@ -61,7 +61,7 @@ class BackgroundPlanner:
         save_trace(trace, self._directory / _TRACE, compress=False)
         save_plan(old, self._directory / _OLD_PLAN)
         np.savez(self._directory / _PORTS, **vars(ports))  # not JSON: bandwidths may be infinite
-        request = {"cost": dataclasses.asdict(cost), "options": dataclasses.asdict(options)}
+        request = {"cost": cost.model_dump(), "options": dataclasses.asdict(options)}
         write_atomically(self._directory / _REQUEST, json.dumps({"schema_version": SCHEMA_VERSION, **request}), force=False)
         command = [sys.executable, "-m", __name__, str(self._directory)]
         with (self._directory / _ERRORS).open("w") as errors:

@@ -100,6 +100,6 @@ def test_bad_input_is_named(failure):
         (["wide.json", "wide.json", "--trace", "trace.npz"], "wide.json must be for the 3 layers"),
         (["large.json", "large.json", "--topology", "topo.yaml"], "topo.yaml must have a GPU for each of the 8 ranks of large.json"),
         (["old.json", "new.json", "--horizon", "0"], "--horizon"),
-        (["old.json", "new.json", "--hidden-size", "0"], "--hidden-size must be 1 or more"),
+        (["old.json", "new.json", "--hidden-size", "0"], "--hidden-size: must be 1 or more"),
     ):
         assert words in failure("diff", *arguments)

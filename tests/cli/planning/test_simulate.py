@@ -106,12 +106,12 @@ def test_what_is_wrong_is_said_in_one_error(failure):
     for flags, expected in (
         (["--plan", "p.json", "--replan-every", "2"], "--replan-every makes a plan"),
         (["--plan", "other.json"], "other.json must be for the 3 layers"),
-        (["--replan-lag", "-1"], "--replan-lag must be 0 or more"),
-        (["--replan-every", "0"], "--replan-every must be 1 or more"),
+        (["--replan-lag", "-1"], "--replan-lag: must be 0 or more"),
+        (["--replan-every", "0"], "--replan-every: must be 1 or more"),
         (["--replan-lag", "5"], "lag 5, 5 recorded steps"),
-        (["--time-budget", "nan", "--solver", "greedy"], "--time-budget must be"),
-        (["--hidden-size", "0"], "--hidden-size must be 1 or more"),
-        (["--gpu-tflops", "inf"], "--gpu-tflops must be"),
+        (["--time-budget", "nan", "--solver", "greedy"], "--time-budget: must be"),
+        (["--hidden-size", "0"], "--hidden-size: must be 1 or more"),
+        (["--gpu-tflops", "inf"], "--gpu-tflops: must be"),
         (["--calibration", "missing.json"], "missing.json: cannot read"),
         (["--solver", "best"], "best"),
     ):
@@ -151,7 +151,7 @@ def test_the_traces_sizes_count_unless_flags_say_otherwise():
     meta = {"hidden_size": 768, "ffn_hidden_size": 3072, "topk": 2}
     assert (cost_of(meta=meta).hidden_size, cost_of(meta=meta).ffn_hidden_size) == (768, 3072)
     assert cost_of("--hidden-size", "5", meta=meta).hidden_size == 5
-    with pytest.raises(ScaleMoEError, match="meta: hidden_size must be an integer"):
+    with pytest.raises(ScaleMoEError, match="meta: hidden_size: must be an integer"):
         cost_of(meta={"hidden_size": "big"})
 
 

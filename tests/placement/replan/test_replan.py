@@ -75,7 +75,7 @@ def test_homes_stay_on_an_expensive_network():
     """The network is so slow that moving the experts would take longer than it could ever save."""
     trace, old = bad_homes()
     slow = two_level_ports(2, 2, scale_up_GBps=1e-3, scale_out_GBps=1e-3)
-    expensive = dataclasses.replace(COST, ffn_hidden_size=65536, hidden_size=64)
+    expensive = COST.replaced(ffn_hidden_size=65536, hidden_size=64)
     options = dataclasses.replace(OPTIONS, replicas=0, migrate=True, policy=ReplanPolicy(horizon_steps=10))
     result = replan(trace, old, slow, expensive, options)
     assert result.moved_homes == 0 and not result.changed
@@ -91,7 +91,7 @@ def test_an_unpaid_migration_keeps_homes():
 def test_replicas_that_do_not_pay_are_not_made():
     """Parameters are huge, and there are hardly any tokens."""
     trace = zipf_trace(0, tokens=8)
-    result = replan(trace, start(), PORTS, dataclasses.replace(COST, ffn_hidden_size=65536, micro_batches=1), OPTIONS)
+    result = replan(trace, start(), PORTS, COST.replaced(ffn_hidden_size=65536, micro_batches=1), OPTIONS)
     assert not result.changed and result.plan.num_replicas.sum() == 0
 
 
