@@ -46,8 +46,8 @@ def best_ranks(rows_LCC: np.ndarray, network: Links, seed: int) -> np.ndarray:
 def busiest_ports(rows_LCC: np.ndarray, rank_C: np.ndarray, network: Links) -> float:
     """Rows per GB/s at the busiest node port, dispatch and combine, summed over the layers: what remapping can change."""
     ports = network.ports
-    on_node_CN = (ports.node_of_rank[rank_C][:, None] == np.arange(ports.num_nodes)).astype(np.float64)
+    on_node_CN = ports.in_node_GN[rank_C]
     rows_LNN = (on_node_CN.T @ rows_LCC @ on_node_CN) * (1 - np.eye(ports.num_nodes))
     sent_LN, received_LN = rows_LNN.sum(axis=2), rows_LNN.sum(axis=1)
     directions = ((sent_LN, received_LN), (received_LN, sent_LN))
-    return float(sum(np.maximum(out / ports.node_out_GBps, into / ports.node_in_GBps).max(axis=1).sum() for out, into in directions))
+    return float(sum(np.maximum(out / ports.out.node_GBps, into / ports.into.node_GBps).max(axis=1).sum() for out, into in directions))

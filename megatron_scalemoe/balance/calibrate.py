@@ -7,7 +7,6 @@ import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -42,7 +41,7 @@ def group_ports(topology_path: str | None) -> Ports:
         expected = f"{dist.get_world_size()}, for each rank of the job, or {group.size()}, for an expert-parallel group"
         raise ScaleMoEError(f"--scalemoe-topology {topology_path} must have as many GPUs: {expected}", found=topology.num_ranks)
     ports = ports_of(topology, compute_routes(topology))
-    return ports if topology.num_ranks == group.size() else _of_ranks(ports, first[0])
+    return ports if topology.num_ranks == group.size() else ports.subset(first[0])
 
 
 def measured_cost(config: TransformerConfig, experts: ScaleMoEGroupedMLP, micro_batches: int) -> CostModel:
@@ -97,14 +96,6 @@ def _mean_over_ranks(value: float) -> float:
     total = torch.tensor([value], dtype=torch.float64, device=torch.cuda.current_device())
     dist.all_reduce(total, group=stage)
     return float(total) / stage.size()
-
-
-def _of_ranks(ports: Ports, ranks: list[int]) -> Ports:
-    nodes, node_of_rank = np.unique(ports.node_of_rank[ranks], return_inverse=True)
-    by_rank = ("scale_up_in_GBps", "scale_up_out_GBps", "scale_out_in_GBps", "scale_out_out_GBps")
-    chosen = {name: getattr(ports, name)[ranks] for name in by_rank}
-    chosen |= {name: getattr(ports, name)[nodes] for name in ("node_in_GBps", "node_out_GBps")}
-    return dataclasses.replace(ports, node_of_rank=node_of_rank.reshape(-1), **chosen)
 
 
 def _synchronize() -> None:

@@ -26,15 +26,11 @@ def replica_us(home_rank_E: np.ndarray, hosts_EG: np.ndarray, cost: CostModel, p
     home, replica = _pairs(home_rank_E, hosts_EG)
     if not home.size:
         return 0.0
-    node_of_rank = ports.node_of_rank
-    out = node_of_rank[home] != node_of_rank[replica]
-    experts_per_GBps = (
-        _busiest(home[~out], ports.scale_up_out_GBps, replica[~out], ports.scale_up_in_GBps),
-        _busiest(home[out], ports.scale_out_out_GBps, replica[out], ports.scale_out_in_GBps),
-        _busiest(node_of_rank[home[out]], ports.node_out_GBps, node_of_rank[replica[out]], ports.node_in_GBps),
-    )
-    parameters, gradients = np.max(experts_per_GBps, axis=0)
-    return float((parameters + gradients) * cost.expert_bytes / BYTES_PER_US_PER_GBps / cost.micro_batches)
+    far = ports.node_of_rank[home] != ports.node_of_rank[replica]
+    at_home, at_replica = (_experts_at_ports(rank, far, ports) for rank in (home, replica))
+    parameters = max(ports.out.busiest(at_home), ports.into.busiest(at_replica))
+    gradients = max(ports.out.busiest(at_replica), ports.into.busiest(at_home))
+    return (parameters + gradients) * cost.expert_bytes / BYTES_PER_US_PER_GBps / cost.micro_batches
 
 
 def _pairs(home_rank_E: np.ndarray, hosts_EG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -45,10 +41,8 @@ def _pairs(home_rank_E: np.ndarray, hosts_EG: np.ndarray) -> tuple[np.ndarray, n
     return home[is_replica], rank[is_replica]
 
 
-def _busiest(home: np.ndarray, out_GBps: np.ndarray, replica: np.ndarray, in_GBps: np.ndarray) -> tuple[float, float]:
-    """Experts per GB/s through the busiest port: parameters home -> replica, and gradients the other way."""
-    sent = np.bincount(home, minlength=out_GBps.size)
-    received = np.bincount(replica, minlength=in_GBps.size)
-    parameters = max((sent / out_GBps).max(), (received / in_GBps).max())
-    gradients = max((received / out_GBps).max(), (sent / in_GBps).max())
-    return parameters, gradients
+def _experts_at_ports(rank: np.ndarray, far: np.ndarray, ports: Ports) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Replicas at each port of a side, as `PortSide.busiest` takes them: `rank` (R,) of one end, `far` (R,) whether they leave the node."""
+    far_G = np.bincount(rank[far], minlength=ports.num_ranks)
+    far_N = np.bincount(ports.node_of_rank[rank[far]], minlength=ports.num_nodes)
+    return np.bincount(rank[~far], minlength=ports.num_ranks), far_G, far_N

@@ -16,11 +16,11 @@ import numpy as np
 from scipy.optimize import linprog
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.placement.port_program import PortFloor, PortProgram, port_program, same_both_ways
+from megatron_scalemoe.placement.port_program import PortFloor, PortProgram, port_program
 from megatron_scalemoe.placement.problem import LayerProblem
 from megatron_scalemoe.placement.replica_bounds import least_copy_load, replicated_floor
 from megatron_scalemoe.placement.row_model import RowBounds, RowModel, row_model
-from megatron_scalemoe.topology.ports import Ports
+from megatron_scalemoe.topology.ports import Ports, PortSide
 from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 METHODS = ("auto", "combinatorial", "lp")
@@ -98,13 +98,11 @@ class _LoadRange:
 
 def _between_nodes_only(problem: LayerProblem) -> tuple[LayerProblem, tuple[int, int]]:
     """Ports inside the nodes, and latencies, dropped; and the sizes of the nodes."""
-    ports, ranks = problem.ports, problem.num_ranks
-    names = ("scale_up_in_GBps", "scale_up_out_GBps", "scale_out_in_GBps", "scale_out_out_GBps")
-    unlimited = dataclasses.replace(
-        ports, **{name: np.full(ranks, np.inf) for name in names}, scale_up_latency_us=0.0, scale_out_latency_us=0.0
-    )
-    sizes = np.bincount(ports.node_of_rank, minlength=ports.num_nodes)
-    return dataclasses.replace(problem, ports=unlimited), (int(sizes.min()), int(sizes.max()))
+    ports = problem.ports
+    unlimited = np.full(problem.num_ranks, np.inf)
+    into, out = (PortSide(unlimited, unlimited, side.node_GBps) for side in (ports.into, ports.out))
+    nodes_only = dataclasses.replace(ports, into=into, out=out, scale_up_latency_us=0.0, scale_out_latency_us=0.0)
+    return dataclasses.replace(problem, ports=nodes_only), (int(ports.node_sizes.min()), int(ports.node_sizes.max()))
 
 
 def least_largest_load(problem: LayerProblem) -> float:
@@ -116,12 +114,10 @@ def least_largest_load(problem: LayerProblem) -> float:
 def port_floor(model: RowModel, bounds: RowBounds, least_load: float) -> PortFloor:
     """The combinatorial bounds of the parts of the cost, where the most loaded rank has at least `least_load` selections."""
     problem, ports = model.problem, model.problem.ports
-    into = (ports.scale_up_in_GBps, ports.scale_out_in_GBps, ports.node_in_GBps)
-    out = (ports.scale_up_out_GBps, ports.scale_out_out_GBps, ports.node_out_GBps)
     us_per_row_GBps = problem.cost.row_bytes / BYTES_PER_US_PER_GBps
     # Dispatch leaves through the sources' out-ports and enters the experts' in-ports; combine goes back.
-    dispatch_us = us_per_row_GBps * _busiest_rows(model, bounds, into, out)
-    combine_us = dispatch_us if same_both_ways(ports) else us_per_row_GBps * _busiest_rows(model, bounds, out, into)
+    dispatch_us = us_per_row_GBps * _busiest_rows(model, bounds, ports.into, ports.out)
+    combine_us = dispatch_us if ports.same_both_ways else us_per_row_GBps * _busiest_rows(model, bounds, ports.out, ports.into)
     return PortFloor(
         dispatch_us=dispatch_us,
         combine_us=combine_us,
@@ -139,11 +135,11 @@ def _forced_latency_us(model: RowModel, ports: Ports) -> float:
     return ports.scale_up_latency_us if ports.num_nodes == 1 else min(ports.scale_up_latency_us, ports.scale_out_latency_us)
 
 
-def _busiest_rows(model: RowModel, bounds: RowBounds, experts_GBps: tuple, sources_GBps: tuple) -> float:
+def _busiest_rows(model: RowModel, bounds: RowBounds, experts_GBps: PortSide, sources_GBps: PortSide) -> float:
     """Rows per GB/s of the busiest port, at least: ports on the experts' side, and on the sources' (near, far, node)."""
     problem, node_of_rank = model.problem, model.problem.ports.node_of_rank
     homes_G = np.full(problem.num_ranks, problem.homes_per_rank)
-    homes_N = np.bincount(node_of_rank, minlength=problem.ports.num_nodes) * problem.homes_per_rank
+    homes_N = problem.ports.node_sizes * problem.homes_per_rank
     largest = 0.0
     for (a, b), pairs_E in itertools.product(bounds.rows, bounds.pairs_WE):
         near_EG = a * model.near_EG - b * pairs_E[:, None] * model.near_part_G
@@ -176,15 +172,15 @@ def _rows_beside_heaviest(rows_E: np.ndarray, heaviest: int, slots: int) -> floa
     return max(0.0, float(rows_E[heaviest] + np.sort(np.delete(rows_E, heaviest))[: slots - 1].sum()))
 
 
-def _most_sent(model: RowModel, sources_GBps: tuple) -> float:
+def _most_sent(model: RowModel, sources_GBps: PortSide) -> float:
     """Selections per GB/s of the busiest source: what it keeps is at most what it sends to the best experts that fit beside it."""
     problem, node_of_rank = model.problem, model.problem.ports.node_of_rank
-    homes_N = problem.homes_per_rank * np.bincount(node_of_rank, minlength=problem.ports.num_nodes)
+    homes_N = problem.homes_per_rank * problem.ports.node_sizes
     kept_G = _sum_of_largest(model.counts_GE, homes_N[node_of_rank])
     kept_N = _sum_of_largest(model.counts_NE, homes_N)
     near_G = -_sum_of_largest(-model.counts_GE, homes_N[node_of_rank] - problem.homes_per_rank)
     sent = (near_G, model.counts_GE.sum(axis=1) - kept_G, model.counts_NE.sum(axis=1) - kept_N)
-    return max(float((rows_X / GBps_X).max()) for rows_X, GBps_X in zip(sent, sources_GBps, strict=True))
+    return sources_GBps.busiest(sent)
 
 
 def _sum_of_largest(values_XE: np.ndarray, count_X: np.ndarray) -> np.ndarray:
@@ -199,11 +195,7 @@ def _sum_of_largest(values_XE: np.ndarray, count_X: np.ndarray) -> np.ndarray:
 
 def _cheapest_replica_us(problem: LayerProblem) -> float:
     """What the first replica costs, between the two ranks where it costs least."""
-    ports, node = problem.ports, problem.ports.node_of_rank
-    inside_GG = node[:, None] == node
-    out = np.where(inside_GG, ports.scale_up_out_GBps[:, None], np.minimum(ports.scale_out_out_GBps, ports.node_out_GBps[node])[:, None])
-    into = np.where(inside_GG, ports.scale_up_in_GBps, np.minimum(ports.scale_out_in_GBps, ports.node_in_GBps[node]))
-    GBps_GG = np.minimum(out, into)
+    GBps_GG = problem.ports.pair_GBps()
     us_GG = 1 / GBps_GG + 1 / GBps_GG.T
     np.fill_diagonal(us_GG, np.inf)
     return float(us_GG.min()) * problem.cost.expert_bytes / BYTES_PER_US_PER_GBps / problem.cost.micro_batches

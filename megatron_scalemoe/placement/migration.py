@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.plan.fit import check_fit
 from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan
-from megatron_scalemoe.topology.ports import Ports, port_time_us
+from megatron_scalemoe.topology.ports import Ports
 
 # Beside the parameter itself (2 bytes in bf16): its fp32 master copy and Adam's two fp32 moments.
 OPTIMIZER_BYTES_PER_PARAMETER = 4 + 4 + 4
@@ -62,9 +62,7 @@ def align_plan(old: PlacementPlan, new: PlacementPlan, interchangeable_G: np.nda
 def interchangeable_ranks(ports: Ports) -> np.ndarray:
     """int64 [G]: a number for each rank, equal for ranks of one node with equal ports. Their placements cost the same up to what each rank
     draws from itself, which differs only if sources differ in their taste."""
-    names = ("scale_up_in_GBps", "scale_up_out_GBps", "scale_out_in_GBps", "scale_out_out_GBps")
-    features = np.column_stack([ports.node_of_rank, *(getattr(ports, name) for name in names)])
-    return np.unique(features, axis=0, return_inverse=True)[1].reshape(-1)
+    return np.unique(ports.rank_features, axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def moves(old: PlacementPlan, new: PlacementPlan) -> Moves:
@@ -133,11 +131,9 @@ def migration_us(moved: Moves, ports: Ports, expert_bytes: int) -> float:
     """
     total_us = 0.0
     for chosen in rounds(moved, ports.num_ranks):
-        source, destination = moved.source[chosen], moved.destination[chosen]
         bytes_GG = np.zeros((ports.num_ranks, ports.num_ranks))
-        bytes_GG[source, destination] = expert_bytes
-        crosses = (ports.node_of_rank[source] != ports.node_of_rank[destination]).any()
-        total_us += port_time_us(bytes_GG, ports) + (ports.scale_out_latency_us if crosses else ports.scale_up_latency_us)
+        bytes_GG[moved.source[chosen], moved.destination[chosen]] = expert_bytes
+        total_us += float(ports.busy_us(bytes_GG).max()) + ports.latency_us(bytes_GG)
     return total_us
 
 

@@ -16,7 +16,7 @@ from megatron_scalemoe.cost.replicas import replica_us
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
 from megatron_scalemoe.plan.placement_plan import EMPTY
 from megatron_scalemoe.plan.split import split_tokens
-from megatron_scalemoe.topology.ports import Ports, port_time_us
+from megatron_scalemoe.topology.ports import Ports
 from megatron_scalemoe.traffic.matrices import distinct_factor, rows_between_ranks
 
 
@@ -78,10 +78,4 @@ def home_cost_us(problem: LayerProblem, home_rank_E: np.ndarray) -> float:
 
 def exchange_us(bytes_GG: np.ndarray, ports: Ports, overhead_us: float) -> float:
     """Time of one exchange: its busiest port, the largest latency among the pairs that talk, and the fixed overhead."""
-    talk_GG = bytes_GG > 0
-    np.fill_diagonal(talk_GG, False)
-    between_nodes_GG = ports.node_of_rank[:, None] != ports.node_of_rank
-    latency_us = 0.0
-    if talk_GG.any():
-        latency_us = ports.scale_out_latency_us if (talk_GG & between_nodes_GG).any() else ports.scale_up_latency_us
-    return port_time_us(bytes_GG, ports) + latency_us + overhead_us
+    return float(ports.busy_us(bytes_GG).max()) + ports.latency_us(bytes_GG) + overhead_us

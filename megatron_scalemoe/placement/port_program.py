@@ -15,7 +15,6 @@ from scipy import sparse
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.placement.problem import LayerProblem
 from megatron_scalemoe.placement.row_model import RowBounds, RowModel
-from megatron_scalemoe.topology.ports import Ports
 from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 
@@ -66,7 +65,7 @@ def port_program(model: RowModel, bounds: RowBounds, floor: PortFloor) -> PortPr
         limits.append(limit)
     one_E, one_G = np.ones(experts), np.ones(ranks)
     each_expert = sparse.kron(sparse.eye_array(experts), one_G[None, :])
-    to_node = sparse.kron(sparse.eye_array(experts), _in_node(problem).T)
+    to_node = sparse.kron(sparse.eye_array(experts), sparse.csr_array(problem.ports.in_node_GN.T))
     equal = [(each_expert, None, None, None), (-to_node, sparse.eye_array(experts * nodes), None, None)]
     equal_limits = [one_E, np.zeros(experts * nodes)]
     each_rank = (_every(one_E, ranks), None, None, None)
@@ -89,11 +88,9 @@ def port_program(model: RowModel, bounds: RowBounds, floor: PortFloor) -> PortPr
 def _exchange_rows(model: RowModel, bounds: RowBounds, unit_us: float) -> list[tuple]:
     """What passes each port takes no longer than d (dispatch), than c (combine): blocks of (x, X, S, times), and limits."""
     problem, ports = model.problem, model.problem.ports
-    into = (ports.scale_up_in_GBps, ports.scale_out_in_GBps, ports.node_in_GBps)
-    out = (ports.scale_up_out_GBps, ports.scale_out_out_GBps, ports.node_out_GBps)
     us = problem.cost.row_bytes / BYTES_PER_US_PER_GBps / unit_us
     # Where ports are the same both ways, d and c are one number: dispatch alone tells it, and `_cost_rows` takes it twice.
-    directions = ((0, into, out),) if same_both_ways(problem.ports) else ((0, into, out), (1, out, into))
+    directions = ((0, ports.into, ports.out), (1, ports.out, ports.into))[: 1 if ports.same_both_ways else 2]
     blocks = []
     for a, b in bounds.rows:
         rows = _rows_at_ports(model, a, b)
@@ -112,7 +109,7 @@ def _exchange_rows(model: RowModel, bounds: RowBounds, unit_us: float) -> list[t
 def _rows_at_ports(model: RowModel, a: float, b: float) -> list[tuple]:
     """Rows into ranks from their node, from other nodes, into nodes; and out of ranks and nodes: (x, X, S, -constant)."""
     problem = model.problem
-    node_of_rank, in_node_GN = problem.ports.node_of_rank, _in_node(problem).toarray()
+    node_of_rank, in_node_GN = problem.ports.node_of_rank, problem.ports.in_node_GN
     ranks, nodes = in_node_GN.shape
     apart_GG = 1.0 - in_node_GN @ in_node_GN.T
     beside_GG = 1.0 - apart_GG - np.eye(ranks)
@@ -135,21 +132,9 @@ def _cost_rows(problem: LayerProblem, floor: PortFloor, unit_us: float) -> list[
     compute = _every(problem.load * cost.compute_us_per_row / unit_us, ranks)
     on_m = np.tile([[0.0, 0.0, -1.0, 0.0]], (ranks, 1))
     fixed, hidden = 4 * floor.fixed_us / unit_us, 1 - cost.overlap
-    d_c = np.array([4.0, 0.0]) if same_both_ways(problem.ports) else np.array([2.0, 2.0])
+    d_c = np.array([4.0, 0.0]) if problem.ports.same_both_ways else np.array([2.0, 2.0])
     layer = np.array([[*d_c, hidden, -1.0], [*(hidden * d_c), 1.0, -1.0]])
     return [((compute, None, None, on_m), np.zeros(ranks)), ((None, None, None, layer), -fixed * np.array([1.0, hidden]))]
-
-
-def same_both_ways(ports: Ports) -> bool:
-    """Whether every port is as fast in as out, so that dispatch and combine take the same time."""
-    names = ("scale_up", "scale_out", "node")
-    return all(np.array_equal(getattr(ports, f"{name}_in_GBps"), getattr(ports, f"{name}_out_GBps")) for name in names)
-
-
-def _in_node(problem: LayerProblem) -> sparse.csr_array:
-    node_of_rank = problem.ports.node_of_rank
-    ranks = np.arange(node_of_rank.size)
-    return sparse.csr_array((np.ones(ranks.size), (ranks, node_of_rank)), shape=(ranks.size, problem.ports.num_nodes))
 
 
 def _pick(weight_EX: np.ndarray) -> sparse.csr_array:

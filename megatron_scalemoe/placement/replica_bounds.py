@@ -11,6 +11,7 @@ import numpy as np
 from megatron_scalemoe.placement.port_program import PortFloor
 from megatron_scalemoe.placement.problem import LayerProblem
 from megatron_scalemoe.placement.row_model import RowBounds, RowModel
+from megatron_scalemoe.topology.ports import PortSide
 from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 
@@ -30,29 +31,27 @@ def least_copy_load(problem: LayerProblem) -> float:
 def replicated_floor(model: RowModel, bounds: RowBounds, least_load: float) -> PortFloor:
     """Lower bounds of the parts of the cost with at most `problem.replicas` replicas, the most loaded rank having at least `least_load`."""
     problem, ports, counts_GE, counts_NE = model.problem, model.problem.ports, model.counts_GE, model.counts_NE
-    ranks_N, slots = np.bincount(ports.node_of_rank, minlength=ports.num_nodes), problem.homes_per_rank + problem.replica_slots_per_rank
+    ranks_N, slots = ports.node_sizes, problem.homes_per_rank + problem.replica_slots_per_rank
     far = _least_remote(counts_NE, problem.replicas)
     remote = max(far, _least_remote(counts_GE, problem.replicas))
     own_E = np.sort(counts_GE, axis=1)[:, ::-1]
     node_slots_N = slots * ranks_N
     far_G = np.array([row[n:].sum() for row, n in zip(own_E, node_slots_N[ports.node_of_rank], strict=True)])
     far_N = np.array([row[n:].sum() for row, n in zip(np.sort(counts_NE, axis=1)[:, ::-1], node_slots_N, strict=True)])
-    into = (ports.scale_up_in_GBps, ports.scale_out_in_GBps, ports.node_in_GBps)
-    out = (ports.scale_up_out_GBps, ports.scale_out_out_GBps, ports.node_out_GBps)
 
-    def busiest(sources: tuple, experts: tuple) -> float:
+    def busiest(sources: PortSide, experts: PortSide) -> float:
         """Selections per GB/s: on average over all ports of a kind, and at each source's own."""
-        average = [far / side[i].sum() for side in (sources, experts) for i in (1, 2)]
-        average += [remote / (side[0].sum() + side[1].sum()) for side in (sources, experts)]
-        return max(*average, float((far_G / sources[1]).max()), float((far_N / sources[2]).max()))
+        average = [far / GBps.sum() for side in (sources, experts) for GBps in (side.scale_out_GBps, side.node_GBps)]
+        average += [remote / (side.scale_up_GBps.sum() + side.scale_out_GBps.sum()) for side in (sources, experts)]
+        return max(*average, float((far_G / sources.scale_out_GBps).max()), float((far_N / sources.node_GBps).max()))
 
     us = bounds.rows[0][0] * problem.cost.row_bytes / BYTES_PER_US_PER_GBps
     enough = 1e-6 * counts_GE.sum()
     near_us = ports.scale_up_latency_us if ports.num_nodes == 1 else min(ports.scale_up_latency_us, ports.scale_out_latency_us)
     latency_us = ports.scale_out_latency_us if far > enough else near_us if remote > enough else 0.0
     return PortFloor(
-        dispatch_us=us * busiest(out, into),
-        combine_us=us * busiest(into, out),
+        dispatch_us=us * busiest(ports.out, ports.into),
+        combine_us=us * busiest(ports.into, ports.out),
         fixed_us=problem.cost.exchange_overhead_us + latency_us,
         compute_us=least_load * problem.cost.compute_us_per_row,
     )

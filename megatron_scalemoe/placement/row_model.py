@@ -86,7 +86,7 @@ def row_model(problem: LayerProblem, *, group_ranks: tuple[int, int] = (1, 1)) -
     """The model of one layer. group_ranks: the fewest and the most ranks of a group within which a token travels once: (1, 1), or the
     sizes of the nodes."""
     counts_GE, ports = problem.traffic.counts, problem.ports
-    in_node_GN = (ports.node_of_rank[:, None] == np.arange(ports.num_nodes)).astype(np.float64)
+    in_node_GN = ports.in_node_GN
     counts_NE, load_E = in_node_GN.T @ counts_GE, problem.load
     # Mean counts are no whole numbers: their differences may come out below 0, where the ratios' iterations would never end.
     near_EG = np.maximum((counts_NE[ports.node_of_rank] - counts_GE).T, 0.0)

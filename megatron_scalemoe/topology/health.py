@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -89,9 +90,8 @@ def node_classes(ports: Ports) -> list[NodeClass]:
             node,
             node,
             int(ranks.sum()),
-            float(np.minimum(ports.scale_up_in_GBps, ports.scale_up_out_GBps)[ranks].min()),
-            float(np.minimum(ports.scale_out_in_GBps, ports.scale_out_out_GBps)[ranks].min()),
-            float(min(ports.node_in_GBps[node], ports.node_out_GBps[node])),
+            *(float(min(into[ranks].min(), out[ranks].min())) for into, out in zip(ports.into[:2], ports.out[:2], strict=True)),
+            float(min(ports.into.node_GBps[node], ports.out.node_GBps[node])),
         )
         if classes and classes[-1][2:] == row[2:]:
             row = classes.pop()._replace(last=node)
@@ -140,8 +140,9 @@ def _slow_links(topology: Topology) -> list[Finding]:
 def _slow_ports(ports: Ports) -> list[Finding]:
     """The nodes first; ranks between which and other nodes traffic is slow only where their node does not say it already."""
     found, slow_ranks = [], set()
-    for name in ("node_in", "node_out", "scale_out_in", "scale_out_out", "scale_up_in", "scale_up_out"):
-        capacity = getattr(ports, f"{name}_GBps")
+    for kind, direction in itertools.product(("node", "scale_out", "scale_up"), ("in", "out")):
+        name, side = f"{kind}_{direction}", ports.into if direction == "in" else ports.out
+        capacity = getattr(side, f"{kind}_GBps")
         limited = capacity[np.isfinite(capacity)]
         usual = float(np.median(limited)) if limited.size else 0.0
         for index in np.flatnonzero(capacity < MIN_PORT_SHARE * usual):

@@ -7,6 +7,8 @@ final word. Ports never overestimate: traffic needs at least the time of its bus
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,24 +20,35 @@ from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 _ROUNDING = 1e-9
 
 
+class PortSide(NamedTuple):
+    """The ports of all ranks and nodes in one direction, by kind: float64, GB/s (10^9 bytes/s), `inf` where nothing limits.
+
+    scale_up_GBps: [G], between a rank and the other ranks of its node.
+    scale_out_GBps: [G], between a rank and the ranks of other nodes.
+    node_GBps: [N], all traffic between a node and the other nodes (shared NICs).
+    """
+
+    scale_up_GBps: np.ndarray
+    scale_out_GBps: np.ndarray
+    node_GBps: np.ndarray
+
+    def busiest(self, passes: Iterable[np.ndarray]) -> float:
+        """The largest quotient of what passes a port and its GB/s. passes: an array per kind, in the order of the fields."""
+        return float(max((amount / capacity).max() for amount, capacity in zip(passes, self, strict=True)))
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Ports:
-    """Port capacities in GB/s (10^9 bytes/s), one direction each; `inf` where nothing limits. G ranks, N nodes.
+    """Port capacities. G ranks, N nodes.
 
-    node_of_rank: int [G]. The others are float64:
-    scale_up_in_GBps, scale_up_out_GBps: [G], between a rank and the other ranks of its node.
-    scale_out_in_GBps, scale_out_out_GBps: [G], between a rank and the ranks of other nodes.
-    node_in_GBps, node_out_GBps: [N], all traffic between a node and the other nodes (shared NICs).
+    node_of_rank: int [G].
+    into, out: what enters ranks and nodes, and what leaves them.
     scale_up_latency_us, scale_out_latency_us: the largest latency between two ranks of one node, of different nodes (0 if none).
     """
 
     node_of_rank: np.ndarray
-    scale_up_in_GBps: np.ndarray
-    scale_up_out_GBps: np.ndarray
-    scale_out_in_GBps: np.ndarray
-    scale_out_out_GBps: np.ndarray
-    node_in_GBps: np.ndarray
-    node_out_GBps: np.ndarray
+    into: PortSide
+    out: PortSide
     scale_up_latency_us: float
     scale_out_latency_us: float
 
@@ -45,7 +58,73 @@ class Ports:
 
     @property
     def num_nodes(self) -> int:
-        return self.node_in_GBps.shape[0]
+        return self.into.node_GBps.shape[0]
+
+    @property
+    def node_sizes(self) -> np.ndarray:
+        """int64 [N]: the ranks of each node."""
+        return np.bincount(self.node_of_rank, minlength=self.num_nodes)
+
+    @property
+    def in_node_GN(self) -> np.ndarray:
+        """float64 [G, N]: 1 at each rank's node. `x_XG @ in_node_GN` sums over the ranks of each node."""
+        return (self.node_of_rank[:, None] == np.arange(self.num_nodes)).astype(np.float64)
+
+    @property
+    def same_node_GG(self) -> np.ndarray:
+        """bool [G, G]: whether two ranks share a node."""
+        return self.node_of_rank[:, None] == self.node_of_rank
+
+    @property
+    def same_both_ways(self) -> bool:
+        """Whether every port is as fast in as out, so that dispatch and combine take the same time."""
+        return all(np.array_equal(into, out) for into, out in zip(self.into, self.out, strict=True))
+
+    @property
+    def rank_features(self) -> np.ndarray:
+        """float64 [G, 5]: node and capacities of each rank; ranks with equal rows are interchangeable."""
+        return np.column_stack([self.node_of_rank, *self.into[:2], *self.out[:2]])
+
+    def to_other_nodes_GBps(self, side: PortSide) -> np.ndarray:
+        """float64 [G]: of a rank's scale-out port and its node's, the narrower. side: `into` or `out`."""
+        return np.minimum(side.scale_out_GBps, side.node_GBps[self.node_of_rank])
+
+    def pair_GBps(self) -> np.ndarray:
+        """float64 [G, G]: what each pair of ranks (row to column) would have alone; `inf` on the diagonal."""
+        near_GG = np.minimum(self.out.scale_up_GBps[:, None], self.into.scale_up_GBps)
+        far_GG = np.minimum(self.to_other_nodes_GBps(self.out)[:, None], self.to_other_nodes_GBps(self.into))
+        pair_GG = np.where(self.same_node_GG, near_GG, far_GG)
+        np.fill_diagonal(pair_GG, np.inf)
+        return pair_GG
+
+    def subset(self, ranks: Sequence[int]) -> Ports:
+        """The ports of these ranks, in this order, and of their nodes, counted from 0 again."""
+        nodes, node_of_rank = np.unique(self.node_of_rank[ranks], return_inverse=True)
+        into, out = (PortSide(up_G[ranks], out_G[ranks], node_N[nodes]) for up_G, out_G, node_N in (self.into, self.out))
+        return dataclasses.replace(self, node_of_rank=node_of_rank.reshape(-1), into=into, out=out)
+
+    def busy_us(self, bytes_GG: np.ndarray) -> np.ndarray:
+        """float64 [X]: how long each port is busy with `bytes_GG` [G, G] (row sends to column; the diagonal is free), without latency.
+
+        X is all ports in: ranks from their node, ranks from other nodes, nodes; then all ports out.
+        """
+        near_GG = np.where(self.same_node_GG, bytes_GG, 0)
+        np.fill_diagonal(near_GG, 0)
+        far_GG = np.where(self.same_node_GG, 0, bytes_GG)
+        busy = []
+        for side, axis in ((self.into, 0), (self.out, 1)):
+            far_G = far_GG.sum(axis=axis)
+            passes = (near_GG.sum(axis=axis), far_G, np.bincount(self.node_of_rank, far_G, self.num_nodes))
+            busy += [amount / capacity for amount, capacity in zip(passes, side, strict=True)]
+        return np.concatenate(busy) / BYTES_PER_US_PER_GBps
+
+    def latency_us(self, bytes_GG: np.ndarray) -> float:
+        """The largest latency among the pairs of ranks that send each other something; 0 where none does."""
+        if ((bytes_GG > 0) & ~self.same_node_GG).any():
+            return self.scale_out_latency_us
+        talk_GG = bytes_GG > 0
+        np.fill_diagonal(talk_GG, False)
+        return self.scale_up_latency_us if talk_GG.any() else 0.0
 
 
 def two_level_ports(
@@ -58,16 +137,11 @@ def two_level_ports(
 ) -> Ports:
     """Ports of equal nodes with a NIC per rank: what the builders' node-and-fabric topologies come to. For examples and tests."""
     ranks, nodes = num_nodes * ranks_per_node, num_nodes
-    up, out = np.full(ranks, scale_up_GBps), np.full(ranks, scale_out_GBps)
-    total = np.full(nodes, scale_out_GBps * ranks_per_node)
+    side = PortSide(np.full(ranks, scale_up_GBps), np.full(ranks, scale_out_GBps), np.full(nodes, scale_out_GBps * ranks_per_node))
     return Ports(
         node_of_rank=np.repeat(np.arange(nodes), ranks_per_node),
-        scale_up_in_GBps=up,
-        scale_up_out_GBps=up,
-        scale_out_in_GBps=out,
-        scale_out_out_GBps=out,
-        node_in_GBps=total,
-        node_out_GBps=total,
+        into=side,
+        out=side,
         scale_up_latency_us=latency_us[0],
         scale_out_latency_us=latency_us[1],
     )
@@ -82,42 +156,18 @@ def ports_of(topology: Topology, routes: Routes) -> Ports:
     """
     nodes = topology.node_of_rank
     same_node_GG = nodes[:, None] == nodes
-    up_in, out_in, node_in = _capacities(topology, routes)
-    up_out, out_out, node_out = _capacities(topology, backwards(routes))
     apart_GG = ~np.eye(nodes.size, dtype=bool)
     return Ports(
         node_of_rank=nodes,
-        scale_up_in_GBps=up_in,
-        scale_up_out_GBps=up_out,
-        scale_out_in_GBps=out_in,
-        scale_out_out_GBps=out_out,
-        node_in_GBps=node_in,
-        node_out_GBps=node_out,
+        into=_capacities(topology, routes),
+        out=_capacities(topology, backwards(routes)),
         scale_up_latency_us=float(routes.latency_us[same_node_GG & apart_GG].max(initial=0)),
         scale_out_latency_us=float(routes.latency_us[~same_node_GG].max(initial=0)),
     )
 
 
-def port_time_us(bytes_GG: np.ndarray, ports: Ports) -> float:
-    """Time of the busiest port for `bytes_GG` [G, G] (row sends to column; the diagonal is free), without latency."""
-    nodes, num_nodes = ports.node_of_rank, ports.num_nodes
-    same_node_GG = nodes[:, None] == nodes
-    up = np.where(same_node_GG, bytes_GG, 0)
-    np.fill_diagonal(up, 0)
-    out = np.where(same_node_GG, 0, bytes_GG)
-    times = [
-        up.sum(axis=0) / ports.scale_up_in_GBps,
-        up.sum(axis=1) / ports.scale_up_out_GBps,
-        out.sum(axis=0) / ports.scale_out_in_GBps,
-        out.sum(axis=1) / ports.scale_out_out_GBps,
-        np.bincount(nodes, out.sum(axis=0), num_nodes) / ports.node_in_GBps,
-        np.bincount(nodes, out.sum(axis=1), num_nodes) / ports.node_out_GBps,
-    ]
-    return float(max(time.max() for time in times)) / BYTES_PER_US_PER_GBps
-
-
-def _capacities(topology: Topology, routes: Routes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Into each rank from its node [G], into each rank from other nodes [G], into each node from other nodes [N]."""
+def _capacities(topology: Topology, routes: Routes) -> PortSide:
+    """Into the ranks and nodes."""
     nodes, all_nodes = topology.node_of_rank, np.arange(topology.num_nodes)
     same_node_GG = nodes[:, None] == nodes
     at_rank_MG = routes.targets[:, None] == routes.receives_at
@@ -132,7 +182,7 @@ def _capacities(topology: Topology, routes: Routes) -> tuple[np.ndarray, np.ndar
     out_G = _smallest_cut(routes, flow_MG, (~same_node_GG).sum(axis=0), at_rank_MG)
     to_node_GN = (nodes[:, None] == all_nodes).astype(np.float64)
     node_N = _smallest_cut(routes, flow_MG @ to_node_GN, (~same_node_GG).sum(axis=0) @ to_node_GN, enters_MN)
-    return up_G, out_G, np.minimum(node_N, np.bincount(nodes, out_G))
+    return PortSide(up_G, out_G, np.minimum(node_N, np.bincount(nodes, out_G)))
 
 
 def _smallest_cut(routes: Routes, flow_MX: np.ndarray, sent_X: np.ndarray, boundary_MX: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from megatron_scalemoe.cost.plan import plan_cost
 from megatron_scalemoe.cost.replicas import replica_us as port_replica_us
 from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan
 from megatron_scalemoe.topology.graph import Override
-from megatron_scalemoe.topology.ports import port_time_us, ports_of, two_level_ports
+from megatron_scalemoe.topology.ports import ports_of, two_level_ports
 from megatron_scalemoe.topology.routes import compute_routes
 from megatron_scalemoe.traffic.matrices import rows_between_ranks
 from megatron_scalemoe.traffic.trace import LayerTraffic, RoutingTrace
@@ -107,7 +107,7 @@ def test_links_never_take_less_time_than_ports(seed, nodes, per_node):
     ports = ports_of(topology, routes)
     result = cost_of(topology, traffic, slots)
     for at_links_us, bytes_GG in ((result.dispatch_us, rows_GG * COST.row_bytes), (result.combine_us, rows_GG.T * COST.row_bytes)):
-        assert at_links_us >= 2 * (port_time_us(bytes_GG, ports) + COST.exchange_overhead_us)
+        assert at_links_us >= 2 * (ports.busy_us(bytes_GG).max() + COST.exchange_overhead_us)
 
 
 def test_deduplicated_2dh_sends_fewer_bytes_between_nodes_than_flat_and_flat_fewer_than_selections():

@@ -5,17 +5,15 @@ from hypothesis import strategies as st
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.replicas import replica_bytes, replica_us
-from megatron_scalemoe.topology.ports import Ports, two_level_ports
+from megatron_scalemoe.topology.ports import Ports, PortSide, two_level_ports
 
 COST = CostModel(hidden_size=8, ffn_hidden_size=4, micro_batches=4)
 
 
 def random_ports(rng: np.random.Generator, node_of_rank: np.ndarray) -> Ports:
     ranks, nodes = node_of_rank.size, node_of_rank.max() + 1
-    rank_fields = ("scale_up_in_GBps", "scale_up_out_GBps", "scale_out_in_GBps", "scale_out_out_GBps")
-    speeds = {name: rng.uniform(1, 100, ranks) for name in rank_fields}
-    speeds |= {name: rng.uniform(1, 100, nodes) for name in ("node_in_GBps", "node_out_GBps")}
-    return Ports(node_of_rank=node_of_rank, scale_up_latency_us=1, scale_out_latency_us=5, **speeds)
+    into, out = (PortSide(*(rng.uniform(1, 100, size) for size in (ranks, ranks, nodes))) for _ in range(2))
+    return Ports(node_of_rank=node_of_rank, into=into, out=out, scale_up_latency_us=1, scale_out_latency_us=5)
 
 
 def replica_us_one_by_one(home_rank, hosts, cost, ports) -> float:
@@ -29,12 +27,12 @@ def replica_us_one_by_one(home_rank, hosts, cost, ports) -> float:
                     continue
                 source, target = (home, host) if to_replica else (host, home)
                 a, b = ports.node_of_rank[source], ports.node_of_rank[target]
-                kind = "scale_up" if a == b else "scale_out"
-                crossed = [(f"{kind}_out_GBps", source), (f"{kind}_in_GBps", target)]
-                crossed += [("node_out_GBps", a), ("node_in_GBps", b)] if a != b else []
+                kind = "scale_up_GBps" if a == b else "scale_out_GBps"
+                crossed = [("out", kind, source), ("into", kind, target)]
+                crossed += [("out", "node_GBps", a), ("into", "node_GBps", b)] if a != b else []
                 for port in crossed:
                     used[port] = used.get(port, 0) + cost.expert_bytes
-        total += max((count / getattr(ports, name)[i] for (name, i), count in used.items()), default=0.0)
+        total += max((count / getattr(getattr(ports, side), kind)[i] for (side, kind, i), count in used.items()), default=0.0)
     return total / 1e3 / cost.micro_batches
 
 

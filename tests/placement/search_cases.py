@@ -4,7 +4,7 @@ import numpy as np
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.placement.problem import LayerProblem
-from megatron_scalemoe.topology.ports import Ports, two_level_ports
+from megatron_scalemoe.topology.ports import Ports, PortSide, two_level_ports
 from megatron_scalemoe.traffic.trace import LayerTraffic
 
 
@@ -43,15 +43,13 @@ def clustered_problem(
 def uneven_ports() -> Ports:
     """Eight ranks on nodes of 3 and 5; every port different, and different in and out."""
     rng = np.random.default_rng(5)
-    names = ("scale_up_in_GBps", "scale_up_out_GBps", "scale_out_in_GBps", "scale_out_out_GBps")
-    per_rank = {name: rng.uniform(20, 60, 8) for name in names}
+    up_in, up_out, out_in, out_out = rng.uniform(20, 60, (4, 8))
     return Ports(
         node_of_rank=np.array([0, 0, 0, 1, 1, 1, 1, 1]),
-        node_in_GBps=np.array([80.0, 100.0]),
-        node_out_GBps=np.array([110.0, 70.0]),
+        into=PortSide(up_in, out_in, np.array([80.0, 100.0])),
+        out=PortSide(up_out, out_out, np.array([110.0, 70.0])),
         scale_up_latency_us=1.0,
         scale_out_latency_us=5.0,
-        **per_rank,
     )
 
 

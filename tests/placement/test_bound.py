@@ -77,9 +77,8 @@ def test_copies_of_everything_everywhere_leave_nothing_to_travel():
 def test_hierarchical_exchanges_do_not_beat_their_bound(seed, topk, exchange, together):
     """The true phases, priced at the ports of the nodes alone."""
     problem = random_problem(seed, ranks=4, experts=4, topk=topk, together=together, exchange=exchange)
-    ports = dataclasses.replace(
-        problem.ports, node_of_rank=np.array([0, 0, 1, 1]), node_in_GBps=np.full(2, 9.0), node_out_GBps=np.full(2, 7.0)
-    )
+    into, out = problem.ports.into._replace(node_GBps=np.full(2, 9.0)), problem.ports.out._replace(node_GBps=np.full(2, 7.0))
+    ports = dataclasses.replace(problem.ports, node_of_rank=np.array([0, 0, 1, 1]), into=into, out=out)
     problem = dataclasses.replace(problem, ports=ports)
     bound, row_bytes = lower_bound_us(problem), problem.cost.row_bytes
     in_node_GN = np.eye(2)[ports.node_of_rank]
@@ -153,8 +152,9 @@ def test_a_thousand_ranks_are_bounded_at_once():
 
 def test_a_slow_node_raises_the_lp_above_the_closed_form():
     problem = realistic("zipf", nodes=2, per_node=4, experts=64, topk=1, gpu_TFLOPs=4000.0)
-    slow = problem.ports.scale_out_in_GBps * np.repeat([0.1, 1.0], 4)
-    problem = dataclasses.replace(problem, ports=dataclasses.replace(problem.ports, scale_out_in_GBps=slow))
+    into = problem.ports.into
+    slow = into._replace(scale_out_GBps=into.scale_out_GBps * np.repeat([0.1, 1.0], 4))
+    problem = dataclasses.replace(problem, ports=dataclasses.replace(problem.ports, into=slow))
     assert lower_bound_us(problem, method="lp") > 1.001 * lower_bound_us(problem, method="combinatorial")
 
 

@@ -9,7 +9,7 @@ from megatron_scalemoe.placement.objective import exchange_us, home_cost_us, pla
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
 from megatron_scalemoe.plan.placement_plan import EMPTY
 from megatron_scalemoe.plan.split import balanced_shares
-from megatron_scalemoe.topology.ports import Ports, two_level_ports
+from megatron_scalemoe.topology.ports import two_level_ports
 from megatron_scalemoe.traffic.matrices import distinct_factor
 from megatron_scalemoe.traffic.trace import LayerTraffic
 from tests.placement.search_cases import clustered_problem, uneven_ports
@@ -24,11 +24,11 @@ def slow_exchange_us(bytes_GG, ports, overhead_us):
             if i == j or bytes_GG[i, j] == 0:
                 continue
             if node[i] == node[j]:
-                keys = [("up_out", i, ports.scale_up_out_GBps[i]), ("up_in", j, ports.scale_up_in_GBps[j])]
+                keys = [("up_out", i, ports.out.scale_up_GBps[i]), ("up_in", j, ports.into.scale_up_GBps[j])]
                 latency = max(latency, ports.scale_up_latency_us)
             else:
-                keys = [("out_out", i, ports.scale_out_out_GBps[i]), ("out_in", j, ports.scale_out_in_GBps[j])]
-                keys += [("node_out", node[i], ports.node_out_GBps[node[i]]), ("node_in", node[j], ports.node_in_GBps[node[j]])]
+                keys = [("out_out", i, ports.out.scale_out_GBps[i]), ("out_in", j, ports.into.scale_out_GBps[j])]
+                keys += [("node_out", node[i], ports.out.node_GBps[node[i]]), ("node_in", node[j], ports.into.node_GBps[node[j]])]
                 latency = max(latency, ports.scale_out_latency_us)
             for key in keys:
                 load[key] = load.get(key, 0.0) + bytes_GG[i, j]
@@ -118,15 +118,7 @@ def test_relabelling_ranks_with_their_ports_changes_nothing(seed):
     ports, order = uneven_ports(), rng.permutation(8)
     problem = clustered_problem(4, ports=ports, tokens=500)
     share_EG = rng.dirichlet(np.ones(8), size=64)
-    names = ("node_of_rank", "scale_up_in_GBps", "scale_up_out_GBps", "scale_out_in_GBps", "scale_out_out_GBps")
-    moved_ports = Ports(
-        **{name: getattr(ports, name)[order] for name in names},
-        node_in_GBps=ports.node_in_GBps,
-        node_out_GBps=ports.node_out_GBps,
-        scale_up_latency_us=1.0,
-        scale_out_latency_us=5.0,
-    )
     traffic = problem.traffic
     moved_traffic = LayerTraffic(traffic.counts[order], traffic.coactivation, traffic.loads, traffic.topk)
-    moved = LayerProblem(traffic=moved_traffic, ports=moved_ports, cost=problem.cost)
+    moved = LayerProblem(traffic=moved_traffic, ports=ports.subset(order), cost=problem.cost)
     assert placement_cost(moved, share_EG[:, order]).total_us == pytest.approx(placement_cost(problem, share_EG).total_us, rel=1e-12)

@@ -10,17 +10,17 @@ import numpy as np
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.placement.objective import home_cost_us
 from megatron_scalemoe.placement.problem import LayerProblem
-from megatron_scalemoe.topology.ports import Ports
+from megatron_scalemoe.topology.ports import Ports, PortSide
 from megatron_scalemoe.traffic.trace import LayerTraffic
 
 
 def random_ports(rng: np.random.Generator, node_of_rank: np.ndarray, *, symmetric: bool = False) -> Ports:
     """Every port with a bandwidth of its own."""
     nodes = int(node_of_rank.max()) + 1
-    names = {"scale_up": node_of_rank.size, "scale_out": node_of_rank.size, "node": nodes}
-    into = {f"{name}_in_GBps": rng.uniform(10, 200, size) for name, size in names.items()}
-    out = {f"{name}_out_GBps": into[f"{name}_in_GBps"] if symmetric else rng.uniform(10, 200, size) for name, size in names.items()}
-    return Ports(node_of_rank=node_of_rank, **into, **out, scale_up_latency_us=1.5, scale_out_latency_us=6.0)
+    sizes = (node_of_rank.size, node_of_rank.size, nodes)
+    into = PortSide(*(rng.uniform(10, 200, size) for size in sizes))
+    out = into if symmetric else PortSide(*(rng.uniform(10, 200, size) for size in sizes))
+    return Ports(node_of_rank=node_of_rank, into=into, out=out, scale_up_latency_us=1.5, scale_out_latency_us=6.0)
 
 
 def routed_layer(

@@ -28,7 +28,7 @@ from megatron_scalemoe.placement.processes import use_one_blas_thread
 from megatron_scalemoe.placement.replan.policy import ReplanPolicy
 from megatron_scalemoe.placement.replan.replan import Replan, ReplanOptions, replan
 from megatron_scalemoe.plan.placement_plan import PlacementPlan, load_plan, save_plan
-from megatron_scalemoe.topology.ports import Ports
+from megatron_scalemoe.topology.ports import Ports, PortSide
 from megatron_scalemoe.traffic.trace import RoutingTrace, load_trace, save_trace
 
 _TRACE, _PORTS, _OLD_PLAN, _REQUEST = "trace.npz", "ports.npz", "old.json", "request.json"
@@ -60,7 +60,8 @@ class BackgroundPlanner:
         self._directory = Path(tempfile.mkdtemp(prefix="scalemoe-plan-"))
         save_trace(trace, self._directory / _TRACE, compress=False)
         save_plan(old, self._directory / _OLD_PLAN)
-        np.savez(self._directory / _PORTS, **vars(ports))  # not JSON: bandwidths may be infinite
+        latencies = [ports.scale_up_latency_us, ports.scale_out_latency_us]
+        np.savez(self._directory / _PORTS, ports.node_of_rank, *ports.into, *ports.out, latencies)  # not JSON: bandwidths may be infinite
         request = {"cost": cost.model_dump(), "options": dataclasses.asdict(options)}
         write_atomically(self._directory / _REQUEST, json.dumps({"schema_version": SCHEMA_VERSION, **request}), force=False)
         command = [sys.executable, "-m", __name__, str(self._directory)]
@@ -126,7 +127,9 @@ def _answer(directory: Path) -> None:
     document.check_schema()
     request = document.data
     with np.load(directory / _PORTS, allow_pickle=False) as arrays:
-        ports = Ports(**{name: array if array.ndim else array.item() for name, array in arrays.items()})
+        node_of_rank, *sides, (near_us, far_us) = (arrays[f"arr_{i}"] for i in range(8))
+    into, out = PortSide(*sides[:3]), PortSide(*sides[3:])
+    ports = Ports(node_of_rank=node_of_rank, into=into, out=out, scale_up_latency_us=float(near_us), scale_out_latency_us=float(far_us))
     options = ReplanOptions(**{**request["options"], "policy": ReplanPolicy(**request["options"]["policy"])})
     result = replan(load_trace(directory / _TRACE), load_plan(directory / _OLD_PLAN), ports, CostModel(**request["cost"]), options)
     assert "torch" not in sys.modules, "the planner needs no torch"

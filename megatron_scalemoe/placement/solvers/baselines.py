@@ -53,10 +53,8 @@ def solve_greedy(
 def _receive_us(problem: LayerProblem) -> np.ndarray:
     """float64 [E, G]: time of expert e's selections through the in-ports of rank g, if it lived there."""
     ports, counts_EG = problem.ports, problem.traffic.counts.T
-    in_node_GN = (ports.node_of_rank[:, None] == np.arange(ports.num_nodes)).astype(np.float64)
+    in_node_GN = ports.in_node_GN
     own_node_EG = (counts_EG @ in_node_GN)[:, ports.node_of_rank]
     near_EG, far_EG = own_node_EG - counts_EG, problem.load[:, None] - own_node_EG
     bytes_us = problem.cost.row_bytes / BYTES_PER_US_PER_GBps
-    return bytes_us * (
-        near_EG / ports.scale_up_in_GBps + far_EG / np.minimum(ports.scale_out_in_GBps, ports.node_in_GBps[ports.node_of_rank])
-    )
+    return bytes_us * (near_EG / ports.into.scale_up_GBps + far_EG / ports.to_other_nodes_GBps(ports.into))

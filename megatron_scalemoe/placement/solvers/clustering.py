@@ -42,7 +42,7 @@ def solve_clustering(
     counts_GE, ports = problem.traffic.counts, problem.ports
     pairs_EE = _beyond_chance(problem.traffic.coactivation) if deduplicated else np.zeros((problem.num_experts,) * 2)
     counts_EG = counts_GE.T - counts_GE.mean(axis=0)[:, None] if local else np.zeros((problem.num_experts, problem.num_ranks))
-    in_node_GN = (ports.node_of_rank[:, None] == np.arange(ports.num_nodes)).astype(np.float64)
+    in_node_GN = ports.in_node_GN
     # What comes from the own rank stays there; what comes from the own node at least stays inside it.
     near_EG = counts_EG + (counts_EG @ in_node_GN)[:, ports.node_of_rank]
     group_E = _cluster(pairs_EE, near_EG, np.full(problem.num_ranks, problem.homes_per_rank), rng, deadline)
@@ -141,11 +141,11 @@ def _even_out(problem: LayerProblem, home_rank_E: np.ndarray, deduplicated: bool
 def _expert_times(problem: LayerProblem, deduplicated: bool) -> tuple[np.ndarray, np.ndarray]:
     """float64 [E, G]: us that expert e adds to rank g on its own; float64 [G]: us that a token saves there which two experts share."""
     ports, counts_EG, cost = problem.ports, problem.traffic.counts.T, problem.cost
-    in_node_GN = (ports.node_of_rank[:, None] == np.arange(ports.num_nodes)).astype(np.float64)
+    in_node_GN = ports.in_node_GN
     own_node_EG = (counts_EG @ in_node_GN)[:, ports.node_of_rank]
     near, far = own_node_EG - counts_EG, problem.load[:, None] - own_node_EG
-    inside = 1 / ports.scale_up_in_GBps + 1 / ports.scale_up_out_GBps
-    outside = 1 / ports.scale_out_in_GBps + 1 / ports.scale_out_out_GBps
+    inside = 1 / ports.into.scale_up_GBps + 1 / ports.out.scale_up_GBps
+    outside = 1 / ports.into.scale_out_GBps + 1 / ports.out.scale_out_GBps
     is_far_G = (far.sum(axis=0) * outside >= near.sum(axis=0) * inside)[None]
     drawn_EG = np.where(is_far_G, far, near)
     us_G = 2 * cost.row_bytes / BYTES_PER_US_PER_GBps * np.where(is_far_G[0], outside, inside)

@@ -111,9 +111,7 @@ def _check(problem: LayerProblem) -> None:
 def _forbidden(problem: LayerProblem) -> np.ndarray:
     """bool [E, G]: homes that symmetry makes superfluous. Where ranks are exactly alike, order them by their lowest expert: then the k-th
     (from 0) of them holds no expert below k."""
-    ports, counts_GE = problem.ports, problem.traffic.counts
-    names = ("scale_up_in_GBps", "scale_up_out_GBps", "scale_out_in_GBps", "scale_out_out_GBps")
-    features = np.column_stack([ports.node_of_rank, *(getattr(ports, name) for name in names), counts_GE])
+    features = np.column_stack([problem.ports.rank_features, problem.traffic.counts])
     _, alike_G = np.unique(features, axis=0, return_inverse=True)
     earlier_G = np.array([np.count_nonzero(alike_G[:g] == alike) for g, alike in enumerate(alike_G)])
     return np.arange(problem.num_experts)[:, None] < earlier_G

@@ -13,7 +13,6 @@ import numpy as np
 from megatron_scalemoe.placement.objective import home_cost_us
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
 from megatron_scalemoe.placement.solvers.baselines import contiguous_homes
-from megatron_scalemoe.topology.ports import Ports
 
 _POPULATION = 32
 _ELITE = 4
@@ -101,18 +100,4 @@ def paper_fitness(problem: LayerProblem, home_rank_E: np.ndarray) -> float:
     tokens_G = counts_GE.sum(axis=1) / problem.traffic.topk
     covered_GG = counts_GE @ Solution.without_replicas(home_rank_E, problem.num_ranks).hosts
     bytes_GG = (tokens_G[:, None] - covered_GG) * problem.cost.row_bytes
-    return float((bytes_GG / pair_bandwidth_GBps(problem.ports)).sum()) / 1e3
-
-
-def pair_bandwidth_GBps(ports: Ports) -> np.ndarray:
-    """float64 [G, G]: what each pair of ranks would have alone; `inf` on the diagonal."""
-    node_G = ports.node_of_rank
-    out_G, in_G = (
-        np.minimum(ports.scale_out_out_GBps, ports.node_out_GBps[node_G]),
-        np.minimum(ports.scale_out_in_GBps, ports.node_in_GBps[node_G]),
-    )
-    far_GG = np.minimum(out_G[:, None], in_G)
-    near_GG = np.minimum(ports.scale_up_out_GBps[:, None], ports.scale_up_in_GBps)
-    pair_GG = np.where(node_G[:, None] == node_G, near_GG, far_GG)
-    np.fill_diagonal(pair_GG, np.inf)
-    return pair_GG
+    return float((bytes_GG / problem.ports.pair_GBps()).sum()) / 1e3

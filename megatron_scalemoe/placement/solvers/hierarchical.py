@@ -35,7 +35,7 @@ def eplb_shaped(problem: LayerProblem) -> Solution:
     Node by node where all nodes have as many ranks, and as many replicas each; otherwise the cluster counts as one node.
     """
     load_E, node_of_rank_G = problem.load, problem.ports.node_of_rank
-    ranks_per_node = np.bincount(node_of_rank_G, minlength=problem.ports.num_nodes)
+    ranks_per_node = problem.ports.node_sizes
     nodes = problem.ports.num_nodes
     if np.ptp(ranks_per_node) or problem.replicas % nodes:
         nodes, node_of_rank_G = 1, np.zeros_like(node_of_rank_G)

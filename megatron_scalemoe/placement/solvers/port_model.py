@@ -75,7 +75,7 @@ class PortModel:
 def port_model(problem: LayerProblem) -> PortModel:
     """The constants of one layer."""
     traffic, ports, cost = problem.traffic, problem.ports, problem.cost
-    in_node_GN = (ports.node_of_rank[:, None] == np.arange(ports.num_nodes)).astype(np.float64)
+    in_node_GN = ports.in_node_GN
     counts_EG = np.ascontiguousarray(traffic.counts.T)
     load_E = problem.load
     own_node_EG = (counts_EG @ in_node_GN)[:, ports.node_of_rank]
@@ -101,12 +101,8 @@ def _us_per_row(problem: LayerProblem) -> dict[str, np.ndarray]:
     ports = problem.ports
     # Forward and backward: each exchange happens twice.
     us_GBps = 2 * problem.cost.row_bytes / BYTES_PER_US_PER_GBps
-    names = {
-        "near_in_DG": (ports.scale_up_in_GBps, ports.scale_up_out_GBps),
-        "far_in_DG": (ports.scale_out_in_GBps, ports.scale_out_out_GBps),
-        "node_in_DN": (ports.node_in_GBps, ports.node_out_GBps),
-    }
-    into = {name: us_GBps / np.stack(pair) for name, pair in names.items()}
-    if all(np.array_equal(dispatch, combine) for dispatch, combine in into.values()):
+    names = ("near_in_DG", "far_in_DG", "node_in_DN")
+    into = {name: us_GBps / np.stack(pair) for name, *pair in zip(names, ports.into, ports.out, strict=True)}
+    if ports.same_both_ways:
         into = {name: 2 * both[:1] for name, both in into.items()}
     return {**into, **{name.replace("_in_", "_out_"): both[::-1] for name, both in into.items()}}

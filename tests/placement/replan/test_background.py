@@ -112,7 +112,7 @@ time.sleep(60)
 
 def test_ports_without_a_limit_reach_it(planner):
     """As the ports between nodes of a topology that has only one node."""
-    unlimited = {name: np.full_like(getattr(PORTS, name), np.inf) for name in ("node_in_GBps", "node_out_GBps")}
-    planner.submit(zipf_trace(0), start(), dataclasses.replace(PORTS, **unlimited), COST, OPTIONS)
+    unlimited = PORTS.into._replace(node_GBps=np.full_like(PORTS.into.node_GBps, np.inf))
+    planner.submit(zipf_trace(0), start(), dataclasses.replace(PORTS, into=unlimited, out=unlimited), COST, OPTIONS)
     planner.wait(timeout_s=60)
     assert planner.poll() is not None

@@ -11,7 +11,6 @@ from megatron_scalemoe.placement.solvers.baselines import contiguous_homes
 from megatron_scalemoe.placement.solvers.genetic import (
     homes_of_slots,
     order_based_crossover,
-    pair_bandwidth_GBps,
     paper_fitness,
     solve_genetic,
     solve_genetic_paper,
@@ -45,10 +44,10 @@ def test_the_papers_fitness_is_its_formula():
             if i != j:
                 covered = sum(counts[i, e] for e in range(16) if home_E[e] == j)
                 near = ports.node_of_rank[i] == ports.node_of_rank[j]
-                far_caps = [ports.scale_out_out_GBps[i], ports.scale_out_in_GBps[j]]
-                far_caps += [ports.node_out_GBps[ports.node_of_rank[i]], ports.node_in_GBps[ports.node_of_rank[j]]]
-                caps = [ports.scale_up_out_GBps[i], ports.scale_up_in_GBps[j]] if near else far_caps
-                assert pair_bandwidth_GBps(ports)[i, j] == min(caps)
+                far_caps = [ports.out.scale_out_GBps[i], ports.into.scale_out_GBps[j]]
+                far_caps += [ports.out.node_GBps[ports.node_of_rank[i]], ports.into.node_GBps[ports.node_of_rank[j]]]
+                caps = [ports.out.scale_up_GBps[i], ports.into.scale_up_GBps[j]] if near else far_caps
+                assert ports.pair_GBps()[i, j] == min(caps)
                 expected += (tokens - covered) * problem.cost.row_bytes / min(caps) / 1e3
     assert paper_fitness(problem, home_E) == pytest.approx(expected, rel=1e-12)
 

@@ -35,10 +35,10 @@ def slow_objective(problem, home_E):
         up_G = np.where(near & ~np.eye(ranks, dtype=bool), bytes_GG, 0.0).sum(axis=0)
         out_G = np.where(near, 0.0, bytes_GG).sum(axis=0)
         out_N = np.array([out_G[ports.node_of_rank == n].sum() for n in range(ports.num_nodes)])
-        receive = np.maximum(up_G / ports.scale_up_in_GBps, out_G / ports.scale_out_in_GBps)
-        send = np.maximum(up_G / ports.scale_up_out_GBps, out_G / ports.scale_out_out_GBps)
+        receive = np.maximum(up_G / ports.into.scale_up_GBps, out_G / ports.into.scale_out_GBps)
+        send = np.maximum(up_G / ports.out.scale_up_GBps, out_G / ports.out.scale_out_GBps)
         compute = problem.load @ share_EG * cost.compute_us_per_row
-        return 2 * (receive + send) + compute, 2 * out_N * (1 / ports.node_in_GBps + 1 / ports.node_out_GBps)
+        return 2 * (receive + send) + compute, 2 * out_N * (1 / ports.into.node_GBps + 1 / ports.out.node_GBps)
 
     start = times(np.repeat(np.arange(ranks), problem.homes_per_rank))
     slope = SLOPE * sum((t**2).sum() / max(s.sum(), 1e-9) for t, s in zip(times(home_E), start, strict=True))
