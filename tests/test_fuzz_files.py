@@ -1,5 +1,6 @@
-"""10,000 damaged files: whatever is wrong with one, its reader answers with a ScaleMoEError or with valid content, and nothing else."""
+"""Damaged files: whatever is wrong with one, its reader answers with a ScaleMoEError that names it, or with valid content."""
 
+import argparse
 import dataclasses
 import io
 import json
@@ -15,6 +16,10 @@ import pytest
 
 from megatron_scalemoe.cost.calibrate import fit_bench
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.job.checks import check_job
+from megatron_scalemoe.job.flags import flag_words
+from megatron_scalemoe.job.job_file import load_job
+from megatron_scalemoe.mcore.arguments import add_scalemoe_args, scalemoe_config_from_args
 from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan, load_plan, save_plan
 from megatron_scalemoe.report.collect import collect
 from megatron_scalemoe.topology.discover.cluster import cluster_of
@@ -59,7 +64,6 @@ RECEIVED = b"""{"iter": 10, "block": "decoder", "layer": 1, "tpe": [[3, 0, 5, 1]
 """
 TIMES = {"step_us": 9.5, "dispatch_us": 2.0, "combine_us": 2.0, "compute_us": 5.5, "max_over_mean_mean": 1.5}
 COMPARED = {"rows": [{"policy": "contiguous", **TIMES, "gap": 0.2}, {"policy": "memetic", **TIMES, "cost_us": 9.0}]}
-SIMULATED = {"policy": "plan.json", **TIMES, "baseline": {"policy": "contiguous", **TIMES}}
 PLANNED = {"solver": "memetic", "cost_us": 9.5, "gap": 0.1, "layers": [{"lower_bound_us": 8.0, "history": [[0.0, 12.5], [0.25, 9.5]]}]}
 BENCH_ROW = {"dispatcher": "scalemoe", "ranks": 4, "median_ms": 2.5, "ratio_to_stock": 0.5}
 BENCHED = {"rows": [{**BENCH_ROW, "bytes_out": 1024}, {**BENCH_ROW, "bytes_out": 65536, "median_ms": 3.5}]}
@@ -130,15 +134,9 @@ class Format:
     mutate: Callable[[bytes, random.Random], bytes] = mutated
 
 
-@dataclasses.dataclass
-class Count:
-    accepted: int = 0
-    refused: int = 0
-
-
-def fuzz(form: Format, directory: Path) -> Count:
-    """Reads `form.cases` damaged files. AssertionError for the first whose reader raises anything but ScaleMoEError; warnings count too."""
-    path, count = directory / form.name, Count()
+def fuzz(form: Format, directory: Path) -> tuple[int, int]:
+    """(accepted, refused) of `form.cases` damaged files. AssertionError for the first with another error or with a warning."""
+    path, accepted, refused = directory / form.name, 0, 0
     path.write_bytes(form.content)
     form.read(path)
     for seed in range(form.cases):
@@ -151,12 +149,12 @@ def fuzz(form: Format, directory: Path) -> Count:
         except ScaleMoEError as error:
             if not any(text in str(error) for text in (form.name, *OF_ALL_FILES)):
                 raise AssertionError(f"{form.name}, case {seed}: the error must name the file") from error
-            count.refused += 1
+            refused += 1
         except Exception as error:
             raise AssertionError(f"{form.name}, case {seed}: {type(error).__name__}: {error}; the file:\n{damaged!r}") from error
         else:
-            count.accepted += 1
-    return count
+            accepted += 1
+    return accepted, refused
 
 
 def read_plan(path: Path) -> None:
@@ -211,35 +209,46 @@ def read_fabric(path: Path) -> None:
     cluster_of(read_nvidia_smi(SAMPLES / "nvidia_smi_pcie_l40s.txt"), fabric, hosts=fabric.hosts[:2])
 
 
-# Small files, and the most cases where files come from outside or are read most often. 10,000 in all.
+JOB = (SAMPLES.parents[3] / "examples" / "configs" / "tiny_cpu.yaml").read_bytes()
+OPTIONS = b"dispatch: ragged\nmax_rows_factor: 2.5\nreplicas: 4\nmigrate: true\ntrace_interval: 10\n"
+
+
+def read_options(path: Path) -> None:
+    args = add_scalemoe_args(argparse.ArgumentParser()).parse_args(["--moe-dispatcher", "scalemoe", "--scalemoe-config", str(path)])
+    assert scalemoe_config_from_args(args).trace_interval >= 1
+
+
+def read_job(path: Path) -> None:
+    job = load_job(path)
+    assert check_job(job)["ranks"] >= 1
+    assert all(isinstance(word, str) for word in flag_words(job))
+
+
+# The most cases where files come from outside, or are read most often.
 FORMATS = (
-    Format("plan.json", PLAN, read_plan, 1600),
-    Format("trace.npz", TRACE, read_trace, 1800, mutated_npz),
-    Format("topology.yaml", SHORT_TOPOLOGY, read_topology, 1000),
-    Format("topology_full.yaml", FULL_TOPOLOGY, read_topology, 1000),
-    Format("router_trace_rank0.jsonl", TRACED, lambda path: read_megatron(path.parent, num_experts=4), 800),
-    Format("rank0.jsonl", RECEIVED, lambda path: read_megatron(path.parent, topk=2), 600),
-    Format("compare.json", as_json(COMPARED), read_run, 400),
-    Format("simulate.json", as_json(SIMULATED), read_run, 400),
-    Format("planned.json", as_json(PLANNED), read_run, 400),
-    Format("bench.json", as_json(BENCHED), read_run, 400),
-    Format("calibration.json", as_json(BENCHED), read_calibration, 400),
-    Format("smi.txt", (SAMPLES / "nvidia_smi_pcie_l40s.txt").read_bytes(), read_nvidia_smi, 400),
-    Format("nccl.xml", (SAMPLES / "nccl_pcie_a6000.xml").read_bytes(), read_nccl_xml, 400),
-    Format("slurm.conf", (SAMPLES / "slurm_tree.conf").read_bytes(), read_fabric, 400),
+    Format("plan.json", PLAN, read_plan, 400),
+    Format("trace.npz", TRACE, read_trace, 400, mutated_npz),
+    Format("topology.yaml", SHORT_TOPOLOGY, read_topology, 250),
+    Format("topology_full.yaml", FULL_TOPOLOGY, read_topology, 250),
+    Format("job.yaml", JOB, read_job, 250),
+    Format("options.yaml", OPTIONS, read_options, 200),
+    Format("router_trace_rank0.jsonl", TRACED, lambda path: read_megatron(path.parent, num_experts=4), 200),
+    Format("rank0.jsonl", RECEIVED, lambda path: read_megatron(path.parent, topk=2), 150),
+    Format("compare.json", as_json(COMPARED), read_run, 100),
+    Format("planned.json", as_json(PLANNED), read_run, 100),
+    Format("bench.json", as_json(BENCHED), read_run, 100),
+    Format("calibration.json", as_json(BENCHED), read_calibration, 100),
+    Format("smi.txt", (SAMPLES / "nvidia_smi_pcie_l40s.txt").read_bytes(), read_nvidia_smi, 100),
+    Format("nccl.xml", (SAMPLES / "nccl_pcie_a6000.xml").read_bytes(), read_nccl_xml, 100),
+    Format("slurm.conf", (SAMPLES / "slurm_tree.conf").read_bytes(), read_fabric, 100),
 )
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=[form.name for form in FORMATS])
 def test_a_damaged_file_is_refused_by_name_or_valid(form, tmp_path):
-    count = fuzz(form, tmp_path)
-    assert count.accepted + count.refused == form.cases
-    assert count.accepted >= form.cases // 100, "too few of the damaged files are still valid: the readers' later checks are not reached"
-    assert count.refused >= form.cases // 5, "too few are refused: the damage does none"
-
-
-def test_ten_thousand_files_are_damaged():
-    assert sum(form.cases for form in FORMATS) == 10_000
+    accepted, refused = fuzz(form, tmp_path)
+    assert accepted >= form.cases // 100, "too few of the damaged files are still valid: the readers' later checks are not reached"
+    assert refused >= form.cases // 5, "too few are refused: the damage does none"
 
 
 def read_without_checks(path: Path) -> None:
@@ -251,19 +260,7 @@ def read_with_a_nameless_error(path: Path) -> None:
         raise ScaleMoEError("something is wrong")
 
 
-def read_with_a_warning(path: Path) -> None:
-    if path.read_bytes() != SHORT_TOPOLOGY:
-        warnings.warn("divided by zero", RuntimeWarning, stacklevel=1)
-
-
-@pytest.mark.parametrize(
-    ("reader", "noticed"),
-    [
-        (read_without_checks, "f.yaml, case [0-9]+: ValueError: invalid literal"),
-        (read_with_a_nameless_error, "the error must name the file"),
-        (read_with_a_warning, "f.yaml, case 0: RuntimeWarning"),
-    ],
-)
+@pytest.mark.parametrize(("reader", "noticed"), [(read_without_checks, "ValueError"), (read_with_a_nameless_error, "must name the file")])
 def test_a_planted_bug_is_noticed(reader, noticed, tmp_path):
     with pytest.raises(AssertionError, match=noticed):
         fuzz(Format("f.yaml", SHORT_TOPOLOGY, reader, 200), tmp_path)

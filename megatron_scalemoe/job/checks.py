@@ -9,6 +9,9 @@ from megatron_scalemoe.job.job_file import Job
 from megatron_scalemoe.plan.fit import Sizes, check_fit
 from megatron_scalemoe.plan.placement_plan import load_plan
 
+# Of an expert-parallel group, to be proposed.
+_MOST_RANKS = 4096
+
 
 def check_job(job: Job) -> dict[str, int]:
     """Numbers that follow: ranks, data parallel size, micro-batches, and with experts those of each rank.
@@ -127,7 +130,8 @@ def _check_moe(job: Job, experts: int) -> dict[str, int]:
     moe, parallel = job.content.moe, job.content.parallel
     ep, groups = parallel.expert_model_parallel_size, moe.moe_router_num_groups
     if experts % ep:
-        try_ = "one of " + ", ".join(str(size) for size in range(1, experts + 1) if experts % size == 0)
+        divisors = [size for size in range(1, min(experts, _MOST_RANKS) + 1) if experts % size == 0]
+        try_ = f"one of {', '.join(map(str, divisors))}"
         raise job.error(("parallel", "expert_model_parallel_size"), "must divide moe.num_experts", found=f"{ep} and {experts}", try_=try_)
     if moe.moe_router_topk > experts:
         raise job.error(("moe", "moe_router_topk"), "must not be above num_experts", found=f"{moe.moe_router_topk} and {experts}")
