@@ -13,6 +13,7 @@ import numpy as np
 from megatron_scalemoe.cost.exchange import exchange_phases
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.network import Network
+from megatron_scalemoe.cost.replicas import replica_us
 from megatron_scalemoe.plan.split import split_tokens
 from megatron_scalemoe.traffic.matrices import distinct_factor, rows_between_ranks, rows_to_nodes, selections_between_ranks
 from megatron_scalemoe.traffic.trace import LayerTraffic
@@ -101,30 +102,8 @@ def split_cost(
     """
     ranks, nodes = hosts_EG.shape[1], network.node_of_rank
     tokens_GP = split_tokens(whole_counts(traffic.counts), slots_P, ranks, nodes, even=even)
-    price_us = replica_us(home_rank_E, hosts_EG, network, cost)
+    price_us = replica_us(home_rank_E, hosts_EG, cost, network)
     return tokens_cost(tokens_GP, slots_P, traffic, network, cost, replica_price_us=price_us)
-
-
-def replica_us(home_rank_E: np.ndarray, hosts_EG: np.ndarray, network: Network, cost: CostModel) -> float:
-    """Time of one layer's replicas for each micro-batch, in us: parameters out, then gradients back, once per optimizer step.
-
-    home_rank_E: int [E]; hosts_EG: bool [E, G], every rank that holds the expert. The home itself costs nothing. Without latency: the
-    transfers of all layers follow each other.
-    """
-    bytes_GG = replica_bytes(home_rank_E, hosts_EG, cost)
-    if not bytes_GG.any():
-        return 0.0
-    return float((network.busy_us(bytes_GG).max() + network.busy_us(bytes_GG.T).max()) / cost.micro_batches)
-
-
-def replica_bytes(home_rank_E: np.ndarray, hosts_EG: np.ndarray, cost: CostModel) -> np.ndarray:
-    """float64 [G, G]: parameter bytes from rank i (the homes) to rank j (the replicas) per optimizer step; gradients go back."""
-    ranks = hosts_EG.shape[1]
-    expert, rank = np.nonzero(hosts_EG)
-    home = np.asarray(home_rank_E)[expert]
-    copies_GG = np.bincount(home * ranks + rank, minlength=ranks * ranks).reshape(ranks, ranks)
-    np.fill_diagonal(copies_GG, 0)
-    return copies_GG * float(cost.expert_bytes)
 
 
 def whole_counts(counts_GE: np.ndarray) -> np.ndarray:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from pydantic import Field
 
-from megatron_scalemoe.cost.layer import LayerCost, replica_us, tokens_cost
+from megatron_scalemoe.cost.layer import LayerCost, tokens_cost
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.network import Links
+from megatron_scalemoe.cost.replicas import replica_us
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.migration import migration_bytes, migration_us, moves, state_bytes
 from megatron_scalemoe.plan.fit import check_fit
@@ -139,7 +140,7 @@ def replay(
     for step, plan in zip(range(trace.num_steps), plans, strict=True):
         if plan is not previous:
             check_fit({"the trace": trace, "the plan": plan}, try_="scalemoe plan with this trace")
-            prices_us = [replica_us(plan.home_rank[i], plan.hosts(i), links, cost) for i in range(plan.num_layers)]
+            prices_us = [replica_us(plan.home_rank[i], plan.hosts(i), cost, links) for i in range(plan.num_layers)]
             if previous is not None:
                 replans += plan.content_hash != previous.content_hash
                 migrations[:, step] = _migration(previous, plan, links, cost)

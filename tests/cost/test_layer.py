@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scalemoe.cost.layer import LayerCost, replica_us, tokens_cost, whole_counts
+from megatron_scalemoe.cost.layer import LayerCost, tokens_cost, whole_counts
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.network import Links
 from megatron_scalemoe.cost.plan import plan_cost
-from megatron_scalemoe.cost.replicas import replica_us as port_replica_us
+from megatron_scalemoe.cost.replicas import replica_us
 from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan
 from megatron_scalemoe.topology.graph import Override
 from megatron_scalemoe.topology.ports import ports_of, two_level_ports
@@ -156,9 +156,9 @@ def test_the_price_of_replicas_at_links_is_that_at_ports_where_ports_are_all_tha
     home_rank = np.repeat(np.arange(6), 2)
     hosts = (home_rank[:, None] == np.arange(6)) | (rng.random((12, 6)) < 0.2)
     ports = two_level_ports(2, 3, scale_up_GBps=400.0, scale_out_GBps=50.0)
-    at_links = replica_us(home_rank, hosts, Links(topology), COST)
+    at_links = replica_us(home_rank, hosts, COST, Links(topology))
     assert at_links > 0
-    assert at_links == pytest.approx(port_replica_us(home_rank, hosts, COST, ports))
+    assert at_links == pytest.approx(replica_us(home_rank, hosts, COST, ports))
 
 
 def test_the_price_of_replicas_is_the_way_out_and_the_way_back_over_the_links():
@@ -169,7 +169,7 @@ def test_the_price_of_replicas_is_the_way_out_and_the_way_back_over_the_links():
     slowest = [min(topology.graph.edges[hop]["bandwidth_GBps"] for hop in nx.utils.pairwise(path)) for path in (there, back)]
     expected = sum(COST.expert_bytes / GBps / 1e3 for GBps in slowest)
     assert slowest[0] != slowest[1]
-    assert replica_us(np.arange(4), hosts, Links(topology), COST) == pytest.approx(expected)
+    assert replica_us(np.arange(4), hosts, COST, Links(topology)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("exchange", ["flat", "1dh", "2dh"])

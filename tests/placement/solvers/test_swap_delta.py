@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from megatron_scalemoe.cost.layer import exchange_us
 from megatron_scalemoe.cost.model import CostModel
-from megatron_scalemoe.placement.objective import exchange_us, home_cost_us
+from megatron_scalemoe.placement.objective import home_cost_us
 from megatron_scalemoe.placement.solvers.port_model import port_model
 from megatron_scalemoe.placement.solvers.swap_delta import SLOPE, SwapTable
 from megatron_scalemoe.traffic.matrices import distinct_factor
@@ -51,7 +52,7 @@ def cost_without_latency(problem, home_E):
     bytes_GG = problem.traffic.counts @ share_EG * factor_G * cost.row_bytes
     far, near = ports.scale_out_latency_us, ports.scale_up_latency_us
     latency = far if ports.num_nodes > 1 else near
-    both = sum(2 * (exchange_us(b, ports, cost.exchange_overhead_us) - latency) for b in (bytes_GG, bytes_GG.T))
+    both = sum(2 * (exchange_us([b], ports, cost)[0] - latency) for b in (bytes_GG, bytes_GG.T))
     return cost.layer_us(both, (problem.load @ share_EG).max() * cost.compute_us_per_row)
 
 
