@@ -6,7 +6,7 @@
 
     check(Link, {"source": "a", "latency_us": "1"})   # ScaleMoEError: field ("latency_us",), must be a finite number, found '1'
 
-Files are read with `files.read_as`, which adds the file and the line of the field. What a type cannot say is said by a validator that
+`files.Document.parse` reads a file so, and adds the file and the line of the field. What a type cannot say is said by a validator that
 raises `refused(...)`.
 """
 

@@ -99,12 +99,3 @@ def test_the_lines_that_write_a_trace_write_a_valid_one(tmp_path, monkeypatch):
     trace = load_trace(tmp_path / "trace.npz")
     assert (trace.counts.shape, trace.topk, trace.iterations) == ((4, 2, 4, 8), 2, [0, 10, 20, 30])
     np.testing.assert_array_equal(trace.layer(0).counts, 100)
-
-
-def test_the_timeline_example_has_the_events_that_the_page_describes(run):
-    directory, found = run
-    [name] = [row.name for row in found.files if row.kind == "timeline"]
-    events = json.loads((directory / name).read_text())["traceEvents"]
-    assert {event["ph"] for event in events} == {"M", "X"}
-    parts = [event for event in events if event["ph"] == "X"]
-    assert all(event["cat"].split(",")[0] == event["name"].split()[0] and event["dur"] > 0 for event in parts)

@@ -152,12 +152,10 @@ def test_directives(capsys, job_file):
 
 
 @pytest.mark.parametrize("script", sbatch.SCRIPTS)
-@pytest.mark.parametrize("config", ["tiny_cpu", "deepseek_v3"])
-def test_only_configuration_differs_from_the_example(capsys, script, config):
+def test_only_configuration_differs_from_the_example(capsys, script):
     """Below the block nothing is written."""
-    text = rendered(capsys, str(CONFIGS / f"{config}.yaml"), "--script", script)
-    original = (SLURM / f"{script}.sbatch").read_text()
-    assert text.partition("END OF USER")[2] == original.partition("END OF USER")[2]
+    text = rendered(capsys, str(CONFIGS / "deepseek_v3.yaml"), "--script", script)
+    assert text.partition("END OF USER")[2] == (SLURM / f"{script}.sbatch").read_text().partition("END OF USER")[2]
 
 
 def test_the_common_part_is_the_same_in_all_scripts():
@@ -167,7 +165,7 @@ def test_the_common_part_is_the_same_in_all_scripts():
 
 
 def test_scripts_named_in_help_are_those_that_there_are():
-    assert launch.SCRIPTS == sbatch.SCRIPTS == tuple(sorted(sbatch.SCRIPTS, key=sbatch.SCRIPTS.index))
+    assert launch.SCRIPTS == sbatch.SCRIPTS
     assert {path.stem for path in sbatch.TEMPLATES.glob("*.sbatch")} == set(sbatch.SCRIPTS)
     assert sbatch.TEMPLATES.resolve() == SLURM
 
@@ -258,16 +256,13 @@ def test_without_dry_run_the_script_is_submitted(capsys, cluster, job_file):
     assert (cluster / "calls.script").read_text() == text
 
 
-def test_sbatchs_refusal_is_an_error(capsys, cluster, job_file, monkeypatch):
+def test_without_sbatch_and_when_it_refuses_nothing_is_submitted(capsys, cluster, job_file, monkeypatch):
     monkeypatch.setenv("SBATCH_SAYS", "no")
     assert main(["launch", "--config", job_file]) == 1
     assert "sbatch refused the script" in capsys.readouterr().err
-
-
-def test_without_sbatch_the_way_out_is_named(capsys, job_file, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["launch", "--config", job_file]) == 1
-    assert "try:   a login node of the cluster, or --dry-run" in capsys.readouterr().err
+    assert "--dry-run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import write_atomically
 from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan, load_plan, save_plan
 
 
@@ -121,19 +120,3 @@ def test_a_bad_plan_file_names_line_and_field(tmp_path, edit, message):
     path = edited(tmp_path, edit)
     with pytest.raises(ScaleMoEError, match=message):
         load_plan(path)
-
-
-def test_an_interrupted_write_leaves_the_old_plan(tmp_path, monkeypatch):
-    path = tmp_path / "plan.json"
-    old = PlacementPlan.contiguous(1, 2, 4)
-    save_plan(old, path)
-
-    def interrupted(self, *args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("pathlib.Path.write_bytes", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, "{", force=True)
-    monkeypatch.undo()
-    assert load_plan(path).content_hash == old.content_hash
-    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]

@@ -61,19 +61,19 @@ def rank_loads(tokens, ranks):
     return tokens.sum(axis=0).reshape(ranks, -1).sum(axis=1)
 
 
-def test_the_largest_rank_load_is_the_lp_optimum_in_whole_tokens_on_1000_random_cases():
+def test_the_largest_rank_load_is_the_lp_optimum_in_whole_tokens_on_random_cases():
     rng = np.random.default_rng(0)
     replicated = 0
-    for _ in range(1000):
+    for _ in range(250):
         counts, slots, ranks, nodes = random_case(rng)
         hosts = hosts_of(slots, ranks, counts.shape[1])
         optimum = lp_max_load(counts.sum(axis=0), hosts)
         assert rank_loads(split_tokens(counts, slots, ranks, nodes), ranks).max() <= np.ceil(optimum - 1e-6)
         replicated += (hosts.sum(axis=1) > 1).any()
-    assert replicated > 400
+    assert replicated > 100
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_every_token_goes_once_to_a_slot_of_its_expert(seed, even):
     counts, slots, ranks, nodes = random_case(np.random.default_rng(seed))
@@ -86,7 +86,7 @@ def test_every_token_goes_once_to_a_slot_of_its_expert(seed, even):
 
 def test_tiny_cases_reach_the_best_of_all_integer_splits():
     rng = np.random.default_rng(1)
-    for _ in range(60):
+    for _ in range(30):
         counts = rng.integers(0, 4, (3, 3))
         slots = random_slots(rng, 3, 1, 1, 4)
         hosts = hosts_of(slots, 3, 3)
@@ -189,7 +189,7 @@ def test_input_that_does_not_fit_is_refused(counts, slots, message):
 
 def test_float_loads_are_balanced_as_by_linear_programming():
     rng = np.random.default_rng(3)
-    for _ in range(150):
+    for _ in range(50):
         counts, slots, ranks, _ = random_case(rng)
         hosts = hosts_of(slots, ranks, counts.shape[1])
         loads = np.stack([rng.random(counts.shape[1]) ** 4, counts.sum(axis=0) * 0.37, np.zeros(counts.shape[1])])
