@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.version import SCHEMA_VERSION
 
 # yaml and pydantic only here and in functions: every sub-command imports this module, and --help must be quick.
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from megatron_scalemoe.typed import ModelT
 
-SCHEMA_VERSION = 1
 _REQUIRED: Any = object()
 _KINDS = {int: "an integer", float: "a finite number", str: "text", bool: "true or false", list: "a list", dict: "a mapping"}
 

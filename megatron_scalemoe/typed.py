@@ -19,8 +19,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 from pydantic_core import PydanticCustomError
 
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.version import SCHEMA_VERSION
 
-SCHEMA_VERSION = 1
 # What a value must be, by pydantic's name for what is wrong with it.
 _EXPECTED = {
     "bool_type": "true or false",

@@ -28,13 +28,13 @@ from megatron_scalemoe.balance.recorder import RoutingRecorder, joined, whole_tr
 from megatron_scalemoe.balance.sequences.live_sequences import LiveSequences
 from megatron_scalemoe.config import DEFAULT_REPLAN_INTERVAL, ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import SCHEMA_VERSION
 from megatron_scalemoe.mcore.expert_state import check_migration_support
 from megatron_scalemoe.placement.replan.background import BackgroundPlanner
 from megatron_scalemoe.placement.replan.policy import ReplanPolicy
 from megatron_scalemoe.placement.replan.replan import Replan, ReplanOptions
 from megatron_scalemoe.plan.placement_plan import PlacementPlan, format_plan
 from megatron_scalemoe.traffic.trace import RoutingTrace, save_trace
+from megatron_scalemoe.version import SCHEMA_VERSION
 
 # Of the planner, for all layers of a stage.
 PLANNING_S = 2.0

@@ -7,17 +7,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 from scipy.optimize import nnls
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import read_document
+from megatron_scalemoe.typed import Facts, Number
 from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 # `bench dispatch` times dispatch and combine, forward and backward.
 EXCHANGES_PER_MEASUREMENT = 4
 # Transports whose bytes no meter sees.
 NOT_ON_THE_WIRE = ("shm", "cuda")
+
+
+class _Row(Facts):
+    dispatcher: str
+    transport: str | None = None
+    ranks: int = Field(ge=1)
+    median_ms: Number = Field(gt=0)
+    bytes_out: Number
+
+
+class _Bench(Facts):
+    rows: list[_Row]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,18 +72,10 @@ def fit_bench(paths: Sequence[Path], *, dispatcher: str = "scalemoe") -> Exchang
     """
     bytes_per_rank, time_us = [], []
     for path in paths:
-        document = read_document(path)
-        for i, row in enumerate(document.get(("rows",), list)):
-            if not isinstance(row, dict):
-                raise document.error(("rows", i), "must be a mapping, as bench dispatch writes it")
-            if document.get(("rows", i, "dispatcher"), str) != dispatcher or row.get("transport") in NOT_ON_THE_WIRE:
-                continue
-            ranks = document.get(("rows", i, "ranks"), int)
-            median_ms = document.get(("rows", i, "median_ms"), float)
-            if ranks < 1 or median_ms <= 0:
-                raise document.error(("rows", i), "ranks and median_ms must be above 0", found=f"{ranks}, {median_ms}")
-            bytes_per_rank.append(document.get(("rows", i, "bytes_out"), float) / ranks / EXCHANGES_PER_MEASUREMENT)
-            time_us.append(median_ms * 1e3 / EXCHANGES_PER_MEASUREMENT)
+        for row in read_document(path).parse(_Bench).rows:
+            if row.dispatcher == dispatcher and row.transport not in NOT_ON_THE_WIRE:
+                bytes_per_rank.append(row.bytes_out / row.ranks / EXCHANGES_PER_MEASUREMENT)
+                time_us.append(row.median_ms * 1e3 / EXCHANGES_PER_MEASUREMENT)
     if len(set(bytes_per_rank)) < 2:
         problem = f"calibration needs bench results of the {dispatcher} dispatcher with two or more sizes"
         found = f"{len(set(bytes_per_rank))} in {', '.join(map(str, paths))}"

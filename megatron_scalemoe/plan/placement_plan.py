@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import read_document, write_atomically
-from megatron_scalemoe.typed import SCHEMA_VERSION, Model, SchemaVersion, refused
+from megatron_scalemoe.typed import Model, SchemaVersion, refused
+from megatron_scalemoe.version import SCHEMA_VERSION
 
 EMPTY = -1
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import SCHEMA_VERSION, read_bytes, write_atomically
+from megatron_scalemoe.files import read_bytes, write_atomically
+from megatron_scalemoe.version import SCHEMA_VERSION
 
 _ZIP = b"PK\x03\x04"
 # Nobody records more tokens; beyond, sums and ratios would overflow.

@@ -25,8 +25,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import SCHEMA_VERSION
 from megatron_scalemoe.mcore.checkpoint.optimizer import optimizer_parts
+from megatron_scalemoe.version import SCHEMA_VERSION
 
 CHECKSUMS_KEY = "scalemoe_checksums"  # in the plain part of a checkpoint
 WEIGHT = "weight"
