@@ -182,9 +182,9 @@ def install(moment: str, killer: Killer) -> None:
 def main() -> None:
     job = json.loads(sys.argv[1])
     cpu_ranks.install()
-    from megatron_scalemoe.balance import live
+    from megatron_scalemoe.balance import planner
 
-    live.BackgroundPlanner, live.PLANNING_S = RandomPlanner, _PLANNING_S
+    planner.BackgroundPlanner, planner.PLANNING_S = RandomPlanner, _PLANNING_S
     if job["moment"] and job["rank"] == int(os.environ["RANK"]):
         install(job["moment"], Killer(job["occurrence"], job["delay_s"], Path(job["marker"])))
     sys.argv = [str(EXAMPLE / "pretrain_gpt.py"), *sys.argv[2:]]

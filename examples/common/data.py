@@ -12,7 +12,7 @@ from sources import is_indexed, text_files
 from task import Task
 from torch import Tensor
 
-from megatron_scalemoe.balance.sequences.live_sequences import LiveSequences
+from megatron_scalemoe.balance.sequences.learned_placement import LearnedPlacement
 from megatron_scalemoe.errors import ScaleMoEError
 
 NUM_BYTES = 256
@@ -54,7 +54,7 @@ def _indexed_bytes(prefix: str) -> np.ndarray:
 
 
 def batches(
-    text: Tensor, seed: int, iteration: int, shape: BatchShape, task: Task, device: torch.device, sequences: LiveSequences | None = None
+    text: Tensor, seed: int, iteration: int, shape: BatchShape, task: Task, device: torch.device, sequences: LearnedPlacement | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """This data-parallel rank's micro-batches of one iteration, as `task` makes them, the same for every TP and PP rank.
 

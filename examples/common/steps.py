@@ -14,7 +14,7 @@ from model import Training
 from task import Task
 from torch import Tensor
 
-from megatron_scalemoe.balance.sequences.live_sequences import LiveSequences
+from megatron_scalemoe.balance.sequences.learned_placement import LearnedPlacement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Data:
     shape: BatchShape
     seed: int
     device: torch.device
-    sequences: LiveSequences | None = None  # of training sequences
+    sequences: LearnedPlacement | None = None  # of training sequences
 
 
 def train_step(training: Training, data: Data, iteration: int) -> tuple[float, float, bool]:

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import os
 import pathlib
+import statistics
 
 import torch
 from compare import compare_dispatchers
@@ -19,14 +20,15 @@ from results import RunLog
 from steps import Data, evaluate, train_step
 from task import Task
 
-from megatron_scalemoe.balance.figures.layers import LayerMeter
-from megatron_scalemoe.balance.figures.writers import format_figures
 from megatron_scalemoe.balance.live import LiveBalance
+from megatron_scalemoe.balance.metrics import LayerMeter
+from megatron_scalemoe.balance.writers import format_figures
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.faults.agreement import check_ranks_agree
 from megatron_scalemoe.faults.dead_ranks import naming_dead_ranks
+from megatron_scalemoe.mcore import live_model
 from megatron_scalemoe.mcore.checkpoint.checkpoint import check_checkpoint_support, load_checkpoint, save_checkpoint
-from megatron_scalemoe.mcore.metrics import mean_aux_losses, mean_rank_load
+from megatron_scalemoe.mcore.metrics import mean_aux_losses
 
 
 def train(args: argparse.Namespace, task: Task) -> None:
@@ -103,7 +105,7 @@ def live_balance(args: argparse.Namespace, training: Training, data: Data, log: 
     if args.scalemoe is None:
         return None
     sizes = {"micro_batches": data.shape.num_micro_batches, "micro_batch_size": data.shape.micro_batch_size}
-    return LiveBalance([training.model], training.optimizer, training.config, args.scalemoe, **sizes, say=log.say_from_any)
+    return live_model.live_balance([training.model], training.optimizer, training.config, args.scalemoe, **sizes, say=log.say_from_any)
 
 
 def load(args: argparse.Namespace, training: Training, live: LiveBalance | None) -> int:
@@ -128,20 +130,20 @@ def load(args: argparse.Namespace, training: Training, live: LiveBalance | None)
 def train_loop(args, training: Training, live: LiveBalance | None, data: Data, log: RunLog, first: int, save_to: str) -> None:
     """Train from iteration `first` to `--train-iters`, with reports, evaluation and checkpoints at their intervals."""
     skipped, losses = 0, []
-    meter = LayerMeter(live, training.config) if live is not None else None
+    for_log, for_table = (LayerMeter(live), LayerMeter(live)) if live is not None else (None, None)
     log.start(first)
     for iteration in range(first + 1, args.train_iters + 1):
         loss, grad_norm, updated = train_step(training, data, iteration)
         if live is not None:
             live.step_done(iteration)
-            log_layers(args, meter, iteration, log)
+            log_layers(args, for_table, iteration, log)
         losses.append(loss)
         skipped += not updated
         last = iteration == args.train_iters
         if iteration % args.log_interval == 0 or last:
             lr = training.optimizer.param_groups[0]["lr"]
             moe = mean_aux_losses(training.config, len(losses) * data.shape.num_micro_batches) if args.num_experts else {}
-            load = mean_rank_load([training.model])
+            load = statistics.mean(layer.max_over_mean for layer in for_log.gather()) if for_log is not None else None
             log.log_interval(iteration, losses, grad_norm, lr, moe, load, skipped)
             losses = []
         if iteration % args.eval_interval == 0 or last:
@@ -157,7 +159,6 @@ def train_loop(args, training: Training, live: LiveBalance | None, data: Data, l
 
 def log_layers(args: argparse.Namespace, meter: LayerMeter, iteration: int, log: RunLog) -> None:
     """A table of all MoE layers every `--scalemoe-table-interval` iterations."""
-    meter.end_step()
     if args.scalemoe.table_interval and iteration % args.scalemoe.table_interval == 0:
         log.say(format_figures(meter.gather(), iteration))
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_scalemoe.balance.groups import Groups
+from megatron_scalemoe.balance.model import Experts, MoESizes
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.mcore.experts import ScaleMoEGroupedMLP
 from megatron_scalemoe.topology.ports import Ports, ports_of, two_level_ports
 from megatron_scalemoe.topology.routes import compute_routes
 from megatron_scalemoe.topology.topology_file import load_topology
@@ -23,45 +22,46 @@ _PROBE_BYTES = 4 << 20
 _REPEATS = 5
 
 
-def group_ports(topology_path: str | None) -> Ports:
+def group_ports(topology_path: str | None, groups: Groups) -> Ports:
     """The ports of the first expert-parallel group of this pipeline stage: of the topology in the file, or measured. Collective.
 
     The file must have a GPU for each rank of the job, or of one expert-parallel group. Measured is one all-to-all, and every rank taken for
     equally near. Raises `ScaleMoEError` if the file does not fit.
     """
-    group = parallel_state.get_expert_model_parallel_group()
+    ep, world = groups.ep.size(), groups.world.size()
     if topology_path is None:
-        return two_level_ports(1, group.size(), scale_up_GBps=_measured_bandwidth_GBps(group))
+        return two_level_ports(1, ep, scale_up_GBps=_measured_bandwidth_GBps(groups))
     topology = load_topology(Path(topology_path))
-    first = [dist.get_process_group_ranks(group)]
-    stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    dist.broadcast_object_list(first, group_src=0, group=stage)
-    if topology.num_ranks not in (group.size(), dist.get_world_size()):
-        expected = f"{dist.get_world_size()}, for each rank of the job, or {group.size()}, for an expert-parallel group"
+    first = [dist.get_process_group_ranks(groups.ep)]
+    dist.broadcast_object_list(first, group_src=0, group=groups.stage)
+    if topology.num_ranks not in (ep, world):
+        expected = f"{world}, for each rank of the job, or {ep}, for an expert-parallel group"
         raise ScaleMoEError(f"--scalemoe-topology {topology_path} must have as many GPUs: {expected}", found=topology.num_ranks)
     ports = ports_of(topology, compute_routes(topology))
-    return ports if topology.num_ranks == group.size() else ports.subset(first[0])
+    return ports if topology.num_ranks == ep else ports.subset(first[0])
 
 
-def measured_cost(config: TransformerConfig, experts: ScaleMoEGroupedMLP, micro_batches: int) -> CostModel:
-    """The cost model of this model's MoE layers, with the speed of the experts measured on all ranks at once. Collective."""
+def measured_cost(sizes: MoESizes, experts: Experts, micro_batches: int, stage: dist.ProcessGroup) -> CostModel:
+    """The cost model of this model's MoE layers, with the speed of the experts measured on all ranks of the stage at once. Collective."""
     cost = CostModel(
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.moe_ffn_hidden_size,
-        gated=config.gated_linear_unit,
-        bytes_per_value=config.params_dtype.itemsize,
+        hidden_size=sizes.hidden_size,
+        ffn_hidden_size=sizes.ffn_hidden_size,
+        gated=sizes.gated,
+        bytes_per_value=sizes.dtype.itemsize,
         micro_batches=micro_batches,
     )
-    rows = int(min(_ROWS, _MOST_OPERATIONS / (6 * cost.expert_parameters))) // experts.num_local_experts * experts.num_local_experts
-    us_per_row = _experts_us(experts, max(rows, experts.num_local_experts)) / max(rows, experts.num_local_experts)
-    return cost.replaced(gpu_TFLOPs=6 * cost.expert_parameters / (_mean_over_ranks(us_per_row) * 1e6))
+    rows = int(min(_ROWS, _MOST_OPERATIONS / (6 * cost.expert_parameters)))
+    rows_per_expert = max(1, rows // experts.num_local_experts)
+    us_per_row = _experts_us(experts, rows_per_expert) / (rows_per_expert * experts.num_local_experts)
+    return cost.replaced(gpu_TFLOPs=6 * cost.expert_parameters / (_mean_over_ranks(us_per_row, stage) * 1e6))
 
 
-def _experts_us(experts: ScaleMoEGroupedMLP, rows: int) -> float:
+def _experts_us(experts: Experts, rows_per_expert: int) -> float:
     """Forward and backward of so many rows; nothing is left in the parameters' gradients."""
+    rows = rows_per_expert * experts.num_local_experts
     like = {"dtype": experts.fc1.dtype, "device": experts.fc1.device}
     x_RD = torch.ones(rows, experts.fc1.shape[2], **like).requires_grad_()
-    counts_L = torch.full((experts.num_local_experts,), rows // experts.num_local_experts)
+    counts_L = torch.full((experts.num_local_experts,), rows_per_expert)
     probs_R = torch.ones(rows, device=like["device"])
     times_us = []
     for _ in range(_REPEATS):
@@ -74,8 +74,9 @@ def _experts_us(experts: ScaleMoEGroupedMLP, rows: int) -> float:
     return statistics.median(times_us)
 
 
-def _measured_bandwidth_GBps(group: dist.ProcessGroup) -> float:
+def _measured_bandwidth_GBps(groups: Groups) -> float:
     """What each rank sends to the others in an all-to-all, 10^9 bytes a second."""
+    group = groups.ep
     sent = torch.zeros(_PROBE_BYTES // group.size() * group.size(), dtype=torch.uint8, device=torch.cuda.current_device())
     received, times_s = torch.empty_like(sent), []
     for _ in range(_REPEATS):
@@ -86,12 +87,11 @@ def _measured_bandwidth_GBps(group: dist.ProcessGroup) -> float:
         _synchronize()
         times_s.append(time.perf_counter() - began)
     leaves = sent.numel() * (group.size() - 1) / group.size()
-    return leaves / _mean_over_ranks(statistics.median(times_s)) / 1e9
+    return leaves / _mean_over_ranks(statistics.median(times_s), groups.stage) / 1e9
 
 
-def _mean_over_ranks(value: float) -> float:
-    """Of this pipeline stage, so that its ranks agree."""
-    stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+def _mean_over_ranks(value: float, stage: dist.ProcessGroup) -> float:
+    """Of the pipeline stage, so that its ranks agree."""
     total = torch.tensor([value], dtype=torch.float64, device=torch.cuda.current_device())
     dist.all_reduce(total, group=stage)
     return float(total) / stage.size()

@@ -5,32 +5,24 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
+from megatron_scalemoe.balance.groups import Groups
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.faults.agreement import rank_text
+from megatron_scalemoe.faults.agreement import Vote, rank_text
 
 
-def check_node_order(of_plan: Sequence[int] | None, of_topology: Sequence[int] | None) -> None:
+def check_node_order(of_plan: Sequence[int] | None, of_topology: Sequence[int] | None, groups: Groups) -> None:
     """Raise `ScaleMoEError`, on all ranks of the pipeline stage, unless expert-parallel ranks share machines as plan and topology say.
 
     of_plan, of_topology: the node of each expert-parallel rank; None if not known. Collective over the pipeline stage.
     """
-    group = parallel_state.get_expert_model_parallel_group()
-    hosts: list[str] = [""] * group.size()
-    dist.all_gather_object(hosts, socket.gethostname(), group=group)
-    try:
-        check_nodes(of_plan, of_topology, hosts)
-        problem = None
-    except ScaleMoEError as error:
-        problem = error
-    stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    problems: list = [None] * stage.size()
-    dist.all_gather_object(problems, problem, group=stage)
-    for found in problems:
-        if found is not None:
-            raise found
+    hosts: list[str] = [""] * groups.ep.size()
+    dist.all_gather_object(hosts, socket.gethostname(), group=groups.ep)
+    vote = Vote(groups.stage, torch.cuda.current_device(), "check of nodes")
+    vote.attempt(check_nodes, of_plan, of_topology, hosts)
+    vote.settle()
 
 
 def check_nodes(of_plan: Sequence[int] | None, of_topology: Sequence[int] | None, hosts: Sequence[str]) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.faults.agreement import Vote
 from megatron_scalemoe.plan.fit import Sizes, check_fit
 from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan, load_plan
 
@@ -55,11 +55,11 @@ def stage_plan(plan: PlacementPlan, rows: Sequence[int]) -> PlacementPlan:
     return PlacementPlan(plan.physical_to_logical[list(rows)], plan.num_ranks, plan.num_logical_experts, plan.provenance)
 
 
-def whole_plan(part: PlacementPlan | None, rows: Sequence[int], num_layers: int) -> PlacementPlan:
+def whole_plan(part: PlacementPlan | None, rows: Sequence[int], num_layers: int, pipeline: dist.ProcessGroup) -> PlacementPlan:
     """The plan of all pipeline stages from each one's part (None for a stage without MoE layers). Collective over pipeline ranks."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    parts: list = [None] * group.size()
-    dist.all_gather_object(parts, part and (list(rows), part.physical_to_logical, part.num_ranks, part.num_logical_experts), group=group)
+    parts: list = [None] * pipeline.size()
+    mine = part and (list(rows), part.physical_to_logical, part.num_ranks, part.num_logical_experts)
+    dist.all_gather_object(parts, mine, group=pipeline)
     parts = [found for found in parts if found is not None]
     slots = np.full((num_layers, parts[0][1].shape[1]), EMPTY)
     for some_rows, some_slots, _, _ in parts:
@@ -84,14 +84,6 @@ def plan_beside(path: Path, num_layers: int, ranks_and_experts: tuple[int, int],
     return found[0], found[1]
 
 
-def check_same_plan(plan: PlacementPlan) -> None:
+def check_same_plan(plan: PlacementPlan, stage: dist.ProcessGroup) -> None:
     """Raises `ScaleMoEError` on every rank of the pipeline stage unless all have the same plan. Collective."""
-    stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    mine = int(plan.content_hash[:15], 16)
-    hashes = torch.zeros(stage.size(), dtype=torch.int64, device=torch.cuda.current_device())
-    hashes[stage.rank()] = mine
-    dist.all_reduce(hashes, group=stage)
-    differing = (hashes != hashes[0]).nonzero()[:, 0].tolist()
-    if differing:
-        ranks = dist.get_process_group_ranks(stage)
-        raise ScaleMoEError("all ranks must have the same plan", found=f"rank {ranks[differing[0]]} has another than rank {ranks[0]}")
+    Vote(stage, torch.cuda.current_device(), "check of plans").settle(f"the plan {plan.content_hash[:15]}")

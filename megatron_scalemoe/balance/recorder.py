@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
-from megatron.core import parallel_state
+import torch.distributed as dist
 
-from megatron_scalemoe.mcore.router import ScaleMoERouter
-from megatron_scalemoe.traffic.trace import RoutingTrace
+from megatron_scalemoe.balance.groups import Groups
+from megatron_scalemoe.balance.model import MoESizes, Router
+from megatron_scalemoe.traffic.trace import RoutingTrace, save_trace
+
+TRACE_FILE, _MOST_RECORDED = "routing.npz", 1000
 
 
 class RoutingRecorder:
@@ -16,8 +22,9 @@ class RoutingRecorder:
     No host synchronisation but in `gather`.
     """
 
-    def __init__(self, routers: list[ScaleMoERouter], micro_batches: int, meta: dict):
-        self._routers, self._micro_batches, self._meta = routers, micro_batches, meta
+    def __init__(self, routers: list[Router], groups: Groups, sizes: MoESizes, micro_batches: int):
+        self._routers, self._groups, self._micro_batches = routers, groups, micro_batches
+        self._meta = {"topk": sizes.topk, "hidden_size": sizes.hidden_size, "ffn_hidden_size": sizes.ffn_hidden_size}
         self._last_E = self._counted()
         self._windows: list[tuple[int, int, list[torch.Tensor]]] = []  # last iteration, number of iterations, counts [E] of each layer
         self._iterations = 0
@@ -41,14 +48,13 @@ class RoutingRecorder:
         """
         if not self._windows or not self._routers:
             return None
-        ranks, rank = parallel_state.get_expert_model_parallel_world_size(), parallel_state.get_expert_model_parallel_rank()
+        ep, stage = self._groups.ep, self._groups.stage
         windows_SLE = torch.stack([torch.stack(counts) for _, _, counts in self._windows])
-        counts_SLGE = windows_SLE.new_zeros(*windows_SLE.shape[:2], ranks, windows_SLE.shape[2])
-        counts_SLGE[:, :, rank] = windows_SLE
-        stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-        torch.distributed.all_reduce(counts_SLGE, group=stage)
-        groups = stage.size() // ranks // parallel_state.get_expert_tensor_parallel_world_size()
-        parts_S = np.array([length for _, length, _ in self._windows]) * self._micro_batches * groups
+        counts_SLGE = windows_SLE.new_zeros(*windows_SLE.shape[:2], ep.size(), windows_SLE.shape[2])
+        counts_SLGE[:, :, ep.rank()] = windows_SLE
+        dist.all_reduce(counts_SLGE, group=stage)
+        ep_groups = stage.size() // ep.size() // self._groups.expert_tp.size()
+        parts_S = np.array([length for _, length, _ in self._windows]) * self._micro_batches * ep_groups
         counts = np.rint(counts_SLGE.cpu().numpy() / parts_S[:, None, None, None]).astype(np.int32)
         iterations = [iteration for iteration, _, _ in self._windows]
         self._windows = []
@@ -59,28 +65,44 @@ class RoutingRecorder:
         return [router.tokens_per_expert.clone() for router in self._routers]
 
 
-def whole_trace(part: RoutingTrace | None, rows: list[int], num_rows: int) -> RoutingTrace | None:
-    """The trace of all pipeline stages' MoE layers from each one's part, for its rows of `num_rows`. Collective over pipeline ranks.
+class TraceFile:
+    """The latest recorded steps of all pipeline stages, as a file in `directory` that the planner's commands read.
 
-    A stage without MoE layers has None; None if all have.
+    rows: of the MoE layers of this rank, of `num_rows` in the model.
     """
-    group = parallel_state.get_pipeline_model_parallel_group()
-    parts: list = [None] * group.size()
-    torch.distributed.all_gather_object(parts, part and (rows, part), group=group)
-    parts = [found for found in parts if found is not None]
-    if not parts:
-        return None
-    some = parts[0][1]
-    counts = np.zeros((some.num_steps, num_rows, some.num_ranks, some.num_experts), dtype=np.int32)
-    for some_rows, trace in parts:
-        counts[:, some_rows] = trace.counts
-    return RoutingTrace(counts, None, some.meta)
+
+    def __init__(self, directory: str, rows: Sequence[int], num_rows: int, groups: Groups):
+        self._path, self._rows, self._num_rows, self._groups = Path(directory) / TRACE_FILE, list(rows), num_rows, groups
+        self._steps: RoutingTrace | None = None
+
+    def add(self, part: RoutingTrace | None) -> None:
+        """Add what this stage has recorded, None if nothing, and let the first rank write the file anew. Collective over pipeline ranks."""
+        whole = self._of_all_stages(part)
+        if whole is None:
+            return
+        self._steps = _joined(self._steps, whole)
+        if self._groups.world.rank() == 0:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            save_trace(self._steps, self._path, force=True)
+
+    def _of_all_stages(self, part: RoutingTrace | None) -> RoutingTrace | None:
+        """None if no stage has recorded anything; stages without MoE layers never do."""
+        parts: list = [None] * self._groups.pp.size()
+        dist.all_gather_object(parts, part and (self._rows, part), group=self._groups.pp)
+        parts = [found for found in parts if found is not None]
+        if not parts:
+            return None
+        some = parts[0][1]
+        counts = np.zeros((some.num_steps, self._num_rows, some.num_ranks, some.num_experts), dtype=np.int32)
+        for rows, trace in parts:
+            counts[:, rows] = trace.counts
+        return RoutingTrace(counts, None, some.meta)
 
 
-def joined(earlier: RoutingTrace | None, later: RoutingTrace, most_steps: int) -> RoutingTrace:
-    """Both one after the other, the latest `most_steps` of them."""
+def _joined(earlier: RoutingTrace | None, later: RoutingTrace) -> RoutingTrace:
+    """Both one after the other, the latest steps of them."""
     if earlier is None:
         return later
-    counts = np.concatenate([earlier.counts, later.counts])[-most_steps:]
-    iterations = [*earlier.iterations, *later.iterations][-most_steps:]
+    counts = np.concatenate([earlier.counts, later.counts])[-_MOST_RECORDED:]
+    iterations = [*earlier.iterations, *later.iterations][-_MOST_RECORDED:]
     return RoutingTrace(counts, None, {**later.meta, "iterations": iterations})

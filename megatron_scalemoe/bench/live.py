@@ -38,14 +38,14 @@ class Run:
     """One variant: its training, with live balance if it has replicas, and the record of its steps."""
 
     def __init__(self, args: argparse.Namespace, scalemoe: ScaleMoEConfig | None):
-        from megatron_scalemoe.balance.live import LiveBalance
         from megatron_scalemoe.bench.live_model import BenchTraining
+        from megatron_scalemoe.mcore.live_model import live_balance
 
         self._training = training = BenchTraining(args, scalemoe)
-        self.live: LiveBalance | None = None
+        self.live = None
         if scalemoe is not None and scalemoe.replicas:
             chunks = [training.model]
-            self.live = LiveBalance(
+            self.live = live_balance(
                 chunks, training.optimizer, training.config, scalemoe, micro_batches=args.micro_batches, say=lambda _: None
             )
         training.meter.take()  # live balance has measured the experts
@@ -145,7 +145,7 @@ def summarize(name: str, gathered: dict[str, dict[str, np.ndarray]], warmup: int
     Times of experts: of the slowest rank of every call, summed over a step. Other times: of the slowest rank of every step. The loss is
     compared in all steps.
     """
-    from megatron_scalemoe.balance.expert_meter import CPU_S, ROWS, WALL_S
+    from megatron_scalemoe.bench.expert_meter import CPU_S, ROWS, WALL_S
 
     of_ranks, stock = gathered[name], gathered[STOCK]
     loss_S = of_ranks["loss"].mean(0)

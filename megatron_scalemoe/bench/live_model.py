@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_scalemoe.balance.expert_meter import ExpertMeter
+from megatron_scalemoe.bench.expert_meter import ExpertMeter
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.mcore.specs import use_scalemoe
 

@@ -1,15 +1,19 @@
-"""Are all ranks started with the same settings? Asked once at start: ranks that differ would hang later, or train something else."""
+"""How ranks find out, before they go on, that all of them have the same and all of them can: ranks that differ would hang later, or train
+something else."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.ops.ragged import naming_failure
 from megatron_scalemoe.typed import Options
 
 ABSENT = "not set"
@@ -33,6 +37,64 @@ def check_ranks_agree(settings: Mapping[str, object], group: dist.ProcessGroup |
         found="".join(f"\n    {line}" for line in differing),
         try_="start every node with the same command line, configuration files and code",
     )
+
+
+class Echo(ScaleMoEError):
+    """A consequence of what another rank objects to, raised in `Vote.attempt`; only the cause is reported."""
+
+
+class Vote:
+    """One rank's readiness, and how the ranks of a group find out whether all are ready. purpose: for the messages of failures.
+
+    A rank that fails by itself must go on with the collectives of the others, or they wait for ever. So its own work goes through
+    `attempt`, which keeps the first failure for the next count and skips the rest. Never put a collective into it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device | int, purpose: str):
+        self.group, self.device, self._purpose = group, device, purpose
+        self.objection, self._is_echo = "", False
+
+    def attempt(self, work: Callable, *args: Any) -> Any:
+        """work(*args), or None if this rank has an objection or gets one by it."""
+        if self.objection:
+            return None
+        try:
+            return work(*args)
+        except Exception as error:
+            self.objection = f"rank {dist.get_rank()}: {error if isinstance(error, ScaleMoEError) else repr(error)}"
+            self._is_echo = isinstance(error, Echo)
+            return None
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return self._smallest([not flag])[0] == 0
+
+    def refusal(self, subject: str = "") -> str:
+        """Why not to go on, the same text on every rank: the first objection, or that ranks differ in `subject`; "" if none."""
+        number = int.from_bytes(hashlib.sha256(subject.encode()).digest()[:7], "big")
+        ready, low, minus_high = self._smallest([not self.objection, number, -number])
+        if ready and low == -minus_high:
+            return ""
+        with naming_failure(f"{self._purpose}: gathering objections", self.group):
+            said = _gather((self._is_echo, self.objection, subject), self.group)
+        objections = sorted((said_by for said_by in said if said_by[1]), key=lambda said_by: said_by[0])
+        if objections:
+            return objections[0][1]
+        ranks = dist.get_process_group_ranks(self.group)
+        subjects = [their_subject for *_, their_subject in said]
+        other = next(i for i, their_subject in enumerate(subjects) if their_subject != subjects[0])
+        return f"rank {ranks[other]} disagrees with rank {ranks[0]}: it has {subjects[other]}, not {subjects[0]}"
+
+    def settle(self, subject: str = "", try_: str | None = None) -> None:
+        """Raises a `ScaleMoEError` with the refusal, if there is one, on every rank."""
+        if reason := self.refusal(subject):
+            raise ScaleMoEError(reason, try_=try_)
+
+    def _smallest(self, values: list[int]) -> list[int]:
+        votes = torch.tensor(values, dtype=torch.int64, device=self.device)
+        with naming_failure(f"{self._purpose}: agreement", self.group):
+            dist.all_reduce(votes, dist.ReduceOp.MIN, group=self.group)
+        return votes.tolist()
 
 
 def _gather(value: object, group: dist.ProcessGroup | None) -> list:

@@ -1,18 +1,22 @@
-"""Megatron's MoE layer with our token dispatcher."""
+"""Megatron's MoE layer with our token dispatcher, and its top-k router that also counts what it routed."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_scalemoe.config import ScaleMoEConfig
-from megatron_scalemoe.mcore.router import ScaleMoERouter
 from megatron_scalemoe.mcore.support import check_supported
 from megatron_scalemoe.mcore.token_dispatcher import ScaleMoETokenDispatcher
+from megatron_scalemoe.ops.token_counts import add_counts, zipf_logits
 
 
 class ScaleMoELayer(MoELayer):
@@ -43,3 +47,32 @@ class ScaleMoELayer(MoELayer):
         self.token_dispatcher.counting = on
         if isinstance(self.router, ScaleMoERouter):  # else the user's own, which counts nothing
             self.router.counting = on
+
+
+class ScaleMoERouter(TopKRouter):
+    """Routes exactly as `TopKRouter`, unless a benchmark forces a skew.
+
+    `tokens_per_expert` (int64 [E], on the device) counts this rank's training tokens from the start; recomputed forwards and evaluation are
+    not counted, nor what is routed while `counting` is off.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, *, scalemoe: ScaleMoEConfig, **options: Any
+    ):
+        super().__init__(config=config, pg_collection=pg_collection, **options)
+        self.force_skew = scalemoe.force_skew
+        self.counting = True
+        counts = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=torch.cuda.current_device())
+        self.register_buffer("tokens_per_expert", counts, persistent=False)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.force_skew is not None:
+            # the tracker's state is saved for recomputation, and differs between expert-parallel ranks
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                logits = zipf_logits(logits, self.force_skew)
+        probs, routing_map = super().routing(logits, padding_mask=padding_mask)
+        # with activation recomputation the first forward runs without gradients: count only the second
+        if self.counting and self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                add_counts(self.tokens_per_expert, routing_map)
+        return probs, routing_map

@@ -17,8 +17,7 @@ from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.mcore.compat import check_megatron_core
 from megatron_scalemoe.mcore.experts import ScaleMoEGroupedMLP
-from megatron_scalemoe.mcore.moe_layer import ScaleMoELayer
-from megatron_scalemoe.mcore.router import ScaleMoERouter
+from megatron_scalemoe.mcore.moe_layer import ScaleMoELayer, ScaleMoERouter
 
 
 def use_scalemoe(

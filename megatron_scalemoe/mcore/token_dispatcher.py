@@ -76,8 +76,8 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
     steps except the exchange of counts, which starts in the first step and is waited for in the second (with replicas, another one in the
     first). The transport is opened in the first step of all.
 
-    dispatcher: None before that. rows_computed: rows that this rank's experts got in training so far. rows_reported: the same at the last
-    `metrics.mean_rank_load`. traffic: what else training counted. counting: off while a step is repeated.
+    dispatcher: None before that. rows_computed: rows that this rank's experts got in training so far. traffic: what else
+    training counted. counting: off while a step is repeated.
     """
 
     def __init__(self, scalemoe: ScaleMoEConfig, config: TransformerConfig, pg_collection: ProcessGroupCollection):
@@ -88,7 +88,7 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
         self.dispatcher: Dispatcher | None = None
         self._placement: LayerPlacement | None = None
         self._outdated = True
-        self.rows_computed = self.rows_reported = 0
+        self.rows_computed = 0
         self.traffic = TrafficCounts()
         self.counting = True
         self._hidden_shape = self._flight = self._metadata = None

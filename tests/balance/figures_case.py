@@ -13,8 +13,8 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_scalemoe.balance import node_order
-from megatron_scalemoe.balance.figures import writers as figure_writers
-from megatron_scalemoe.balance.figures.layers import LayerFigures, LayerMeter
+from megatron_scalemoe.balance import writers as figure_writers
+from megatron_scalemoe.balance.metrics import LayerFigures, LayerMeter
 from megatron_scalemoe.config import ScaleMoEConfig
 from tests.mcore.tiny_gpt import Setup
 
@@ -28,7 +28,7 @@ def measured(setup: Setup, config: ScaleMoEConfig, place: bool) -> tuple[list[di
     experts) pairs under Megatron's own placement.
     """
     training, live = make_live(setup, config)
-    meter = LayerMeter(live, training.config)
+    meter = LayerMeter(live)
     assert meter.gather()[0].max_over_mean == 1.0
     ranks, rank = parallel_state.get_expert_model_parallel_world_size(), parallel_state.get_expert_model_parallel_rank()
     rows_LG, pairs_LX = torch.zeros(len(live.layers), ranks, dtype=torch.int64), torch.zeros(len(live.layers), 2, dtype=torch.int64)
@@ -40,7 +40,6 @@ def measured(setup: Setup, config: ScaleMoEConfig, place: bool) -> tuple[list[di
             live.adopt(random_plan(live.plan, np.random.default_rng(5), permute=True))
         training.losses(1)
         live.step_done(step)
-        meter.end_step()
     figures = [dataclasses.asdict(layer) for layer in meter.gather()]
     torch.distributed.all_reduce(rows_LG)
     torch.distributed.all_reduce(pairs_LX)
@@ -92,11 +91,12 @@ def node_order_problem(of_plan, of_topology, host_of_rank: list[str]) -> str:
     from unittest import mock
 
     from megatron_scalemoe.errors import ScaleMoEError
+    from megatron_scalemoe.mcore.live_model import megatron_groups
 
     host = host_of_rank[torch.distributed.get_rank()]
     with mock.patch.object(node_order.socket, "gethostname", return_value=host):
         try:
-            node_order.check_node_order(of_plan, of_topology)
+            node_order.check_node_order(of_plan, of_topology, megatron_groups())
         except ScaleMoEError as error:
             return str(error)
     return ""

@@ -15,10 +15,11 @@ from megatron.core import parallel_state
 
 from megatron_scalemoe.balance import replicas
 from megatron_scalemoe.balance.live import LiveBalance
+from megatron_scalemoe.balance.migrate import state
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.mcore import expert_state
 from megatron_scalemoe.mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from megatron_scalemoe.mcore.live_model import live_balance
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
 
 
@@ -40,7 +41,7 @@ def make_live(setup: Setup, config: ScaleMoEConfig) -> tuple[Training, LiveBalan
     training = Training(setup.with_options(scalemoe=config, dispatcher="alltoall"))
     samples = GLOBAL_BATCH // parallel_state.get_data_parallel_world_size() // setup.micro_batches
     sizes = {"micro_batches": setup.micro_batches, "micro_batch_size": samples}
-    live = LiveBalance([training.model], training.optimizer, training.config, config, **sizes, say=lambda _: None)
+    live = live_balance([training.model], training.optimizer, training.config, config, **sizes, say=lambda _: None)
     if live.sequences is not None:
         training.placement = live.sequences
     return training, live
@@ -101,9 +102,9 @@ def run_with_a_dead_planner(setup: Setup) -> dict:
     for step in range(1, 7):
         losses += training.losses(1)
         live.step_done(step)
-        if step == 4 and live._planner is not None:
-            live._planner._process.kill()
-            live._planner._process.wait()
+        if step == 4 and live._planner._beside is not None:
+            live._planner._beside._process.kill()
+            live._planner._beside._process.wait()
     events, after = live.events, live.plan.content_hash
     live.close()
     return {"losses": losses, "events": events, "unchanged": before == after}
@@ -222,13 +223,13 @@ def _planted(mistake: str):
         with mock.patch.object(replicas, "sum_rows", lambda x, rows: x.new_zeros(rows.num_rows, x.shape[1])):
             yield
     elif mistake == "moment not moved":
-        write = expert_state.StateTensor.write
+        write = state.StateTensor.write
 
         def forgetful(tensor, slot, row_N):
             if "exp_avg_sq" not in tensor.name:
                 write(tensor, slot, row_N)
 
-        with mock.patch.object(expert_state.StateTensor, "write", forgetful):
+        with mock.patch.object(state.StateTensor, "write", forgetful):
             yield
     else:
         assert not mistake

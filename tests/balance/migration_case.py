@@ -19,11 +19,13 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_scalemoe.balance.migrate import migration
+from megatron_scalemoe.balance.migrate import state as state_rows
 from megatron_scalemoe.balance.migrate.migration import MigrationReport, migrate_homes
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.mcore import expert_state
 from megatron_scalemoe.mcore.checkpoint.optimizer import optimizer_parts
 from megatron_scalemoe.mcore.experts import ScaleMoEGroupedMLP
+from megatron_scalemoe.mcore.live_model import megatron_groups
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from tests.mcore.experts_case import layer_training, save_checkpoint, stored_differences
 
@@ -44,7 +46,13 @@ class Run:
     plan: PlacementPlan
 
     def migrate(self, new: PlacementPlan) -> MigrationReport:
-        return migrate_homes(self.experts, self.optimizer, self.plan, new)
+        return self.migrate_from(self.plan, new)
+
+    def migrate_from(self, old: PlacementPlan, new: PlacementPlan) -> MigrationReport:
+        def parameters_of(module):
+            return expert_state.find_parameters(module, self.optimizer)
+
+        return migrate_homes(self.experts, parameters_of, old, new, megatron_groups().stage)
 
 
 def trained_run(steps: int = 2, **options) -> Run:
@@ -246,9 +254,9 @@ FAULTS = {
     "no memory": (migration, "_allocate", _failing),
     "changed bit": (migration, "_send", _corrupting),
     "swapped values": (migration, "_send", _swapping_values),
-    "other expert": (expert_state, "seal", _mislabelling),
-    "cannot pack": (expert_state, "seal", _failing),
-    "unknown parameter": (expert_state, "parameters", _failing),
+    "other expert": (state_rows, "seal", _mislabelling),
+    "cannot pack": (state_rows, "seal", _failing),
+    "unknown parameter": (expert_state, "find_parameters", _failing),
 }
 
 
@@ -271,13 +279,13 @@ def lost_tensor(options: dict, lost: str) -> list[str]:
     def forgetting(expert_state_of: Callable) -> Callable:
         def forget(*args):
             state = expert_state_of(*args)
-            return expert_state.ExpertState(tuple(tensor for tensor in state.tensors if tensor.name != lost))
+            return state_rows.ExpertState(tuple(tensor for tensor in state.tensors if tensor.name != lost))
 
         return forget
 
     run = trained_run(**options)
     before = state_of(run)
-    with planted(expert_state, "expert_state", forgetting, rank=None):
+    with planted(state_rows, "expert_state", forgetting, rank=None):
         assert run.migrate(shuffled(run.plan, 3)).ok
     return differences(before, state_of(run))
 
@@ -288,8 +296,8 @@ def other_plans() -> list[MigrationReport]:
     before, rank = state_of(run), dist.get_rank()
     reports = [run.migrate(shuffled(run.plan, seed=rank))]
     other_old = shuffled(run.plan, 1) if rank else run.plan
-    reports.append(migrate_homes(run.experts, run.optimizer, other_old, shuffled(run.plan, 2)))
-    reports.append(migrate_homes(run.experts, run.optimizer, run.plan, PlacementPlan.contiguous(2, 4, 8)))
+    reports.append(run.migrate_from(other_old, shuffled(run.plan, 2)))
+    reports.append(run.migrate(PlacementPlan.contiguous(2, 4, 8)))
     assert differences(before, state_of(run)) == []
     return reports
 

@@ -15,8 +15,9 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_scalemoe.balance.sequences.affinity import AffinityLearner
-from megatron_scalemoe.balance.sequences.sampler import SequencePlacement, megatron_layout
+from megatron_scalemoe.balance.sequences.learner import AffinityLearner
+from megatron_scalemoe.balance.sequences.sequence_placement import SequencePlacement, layout_of
+from megatron_scalemoe.mcore.live_model import megatron_groups
 from megatron_scalemoe.placement.sequences import cluster_sequences
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.traffic.affinity import AffinityTable
@@ -38,14 +39,14 @@ class LearningTraining(Training):
 
     def __init__(self, setup: Setup, *, rows: int = VOCABULARY):
         super().__init__(setup)
-        owner = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_first_stage()
-        self.layout = megatron_layout(2, GLOBAL_BATCH // parallel_state.get_data_parallel_world_size() // 2)
-        self.placement = SequencePlacement(self.layout, group=dist.group.WORLD, owner=owner)
+        groups = megatron_groups()
+        self.layout = layout_of(groups, 2, GLOBAL_BATCH // parallel_state.get_data_parallel_world_size() // 2)
+        self.placement = SequencePlacement(self.layout, group=dist.group.WORLD, owner=groups.speaks_for_data)
         self.table = AffinityTable.empty(VOCABULARY, LAYERS, setup.experts, 2, max_rows=rows)
         self.history = SampleHistory(LAYERS, setup.experts)
         gpt = next(module for module in self.model.modules() if isinstance(module, GPTModel))
         routers = [module for module in gpt.modules() if isinstance(module, TopKRouter)]
-        self.learner = AffinityLearner(gpt, {router.layer_number - 1: router for router in routers}, self.table, interval=1)
+        self.learner = AffinityLearner(gpt, {router.layer_number - 1: router for router in routers}, self.table, groups, interval=1)
         self.seen_ids, self.routed = [], [[] for _ in routers]
         gpt.register_forward_pre_hook(lambda _, args: self.seen_ids.append(args[0]))
         for layer, router in enumerate(routers):
@@ -63,7 +64,7 @@ class LearningTraining(Training):
         return iter([tokens[torch.from_numpy(ids_B % GLOBAL_BATCH)] for ids_B in ids_MB])
 
     def sync(self) -> AffinityTable:
-        self.table = self.learner.sync(self.table, dist.group.WORLD, keep=1.0)
+        self.table = self.learner.sync(self.table, keep=1.0)
         return self.table
 
 
@@ -121,10 +122,10 @@ def shares(use_history: bool) -> dict[str, float]:
     plan = PlacementPlan.from_hosts(home_rank_LE, home_rank_LE[:, :, None] == np.arange(2), replica_slots_per_rank=0)
     training.learner.set_plan(plan)
     training.learner.record_samples(training.history)
-    training.learner.measured_share(dist.group.WORLD)  # of another plan
+    training.learner.measured_share()  # of another plan
     training.step = 0
     training.losses(4)
-    default = training.learner.measured_share(dist.group.WORLD)
+    default = training.learner.measured_share()
     if use_history:
         training.placement.use(plan, AffinityTable.empty(VOCABULARY, LAYERS, 8, 2), training.history)
     else:
@@ -133,5 +134,5 @@ def shares(use_history: bool) -> dict[str, float]:
     for _ in range(4):
         training.losses(1)
         predicted.append(training.placement.report.placed_share)
-    placed = training.learner.measured_share(dist.group.WORLD)
+    placed = training.learner.measured_share()
     return {"default": default, "placed": placed, "predicted": float(np.mean(predicted)), "seen": len(training.history)}

@@ -42,7 +42,7 @@ class InOrder:
 
 def placement_of(data_parallel_rank: int, owner: bool):
     from tests.mcore import megatron_case  # noqa: F401, I001 - first: it installs the CPU ranks
-    from megatron_scalemoe.balance.sequences.sampler import BatchLayout, SequencePlacement
+    from megatron_scalemoe.balance.sequences.sequence_placement import BatchLayout, SequencePlacement
 
     layout = BatchLayout(data_parallel_rank, np.array([[0], [1]]), MICRO_BATCHES, MICRO_BATCH)
     return SequencePlacement(layout, group=dist.group.WORLD, owner=owner)

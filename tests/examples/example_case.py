@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_scalemoe.balance.live import LiveBalance
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from megatron_scalemoe.mcore.live_model import live_balance
 
 ROOT = Path(__file__).resolve().parents[2]
 for folder in ("common", "bert_moe"):
@@ -63,7 +64,7 @@ def _bert(flags: list[str]) -> tuple[argparse.Namespace, Training]:
 
 def _live(args: argparse.Namespace, training: Training, shape) -> LiveBalance:
     sizes = {"micro_batches": shape.num_micro_batches, "micro_batch_size": shape.micro_batch_size}
-    return LiveBalance([training.model], training.optimizer, training.config, args.scalemoe, **sizes, say=lambda _: None)
+    return live_balance([training.model], training.optimizer, training.config, args.scalemoe, **sizes, say=lambda _: None)
 
 
 def bert_refusal(flags: list[str]) -> str:

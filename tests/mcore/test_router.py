@@ -52,19 +52,3 @@ def skewed_with_recomputation() -> float:
 
 def test_recomputation_draws_the_same_skew():
     assert pool(2).run(skewed_with_recomputation) == [0.0, 0.0]
-
-
-def load_of(config: ScaleMoEConfig) -> float | None:
-    from megatron_scalemoe.mcore.metrics import mean_rank_load
-    from tests.mcore.megatron_case import LayerCase, make_layer
-
-    layer = make_layer(LayerCase(scalemoe=config), "scalemoe").train()
-    layer(torch.randn(12, 2, 16, requires_grad=True))
-    loads = mean_rank_load([layer]), mean_rank_load([layer])
-    assert loads[1] == 1.0, "the counts were not reset"
-    return loads[0]
-
-
-def test_mean_rank_load_is_the_same_on_all_ranks():
-    loads = pool(2).run(load_of, ScaleMoEConfig(force_skew=3.0))
-    assert loads[0] == loads[1] > 1.5

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_scalemoe.balance.migrate import state as expert_state
+from megatron_scalemoe.balance.migrate.state import ExpertState, Parameter
+from megatron_scalemoe.balance.model import Experts
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.faults.vote import Vote
-from megatron_scalemoe.mcore import expert_state
-from megatron_scalemoe.mcore.expert_state import ExpertState, check_migration_support
-from megatron_scalemoe.mcore.experts import ScaleMoEGroupedMLP
+from megatron_scalemoe.faults.agreement import Vote
 from megatron_scalemoe.ops.payload import new_payload
 from megatron_scalemoe.ops.ragged import naming_failure
 from megatron_scalemoe.placement.migration import Moves, moves, rounds
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
 
-Experts = Mapping[int, ScaleMoEGroupedMLP]
+ExpertsOfLayers = Mapping[int, Experts]
+ParametersOf = Callable[[Experts], tuple[Parameter, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,25 +52,25 @@ class _Staged:
     rows: Mapping[int, tuple[int, Tensor]]
 
 
-def migrate_homes(experts: Experts, optimizer: Any, old: PlacementPlan, new: PlacementPlan) -> MigrationReport:
+def migrate_homes(
+    experts: ExpertsOfLayers, parameters_of: ParametersOf, old: PlacementPlan, new: PlacementPlan, stage: dist.ProcessGroup
+) -> MigrationReport:
     """Move weights and optimizer state of every expert whose home differs between the plans, and set the modules' `home_experts`.
 
-    experts: the plan's layer -> module, on this pipeline stage. Collective over the ranks of the stage, after `optimizer.step()`. Only the
-    home slots of the plans count: replicas have no state. Meanwhile a rank needs memory for the state of the experts that take a new slot
-    on it, and of one more.
+    experts: the plan's layer -> module, on this pipeline stage. parameters_of: a module's weights with their optimizer state. stage: the
+    ranks of the pipeline stage. Collective over them, after `optimizer.step()`. Only the home slots of the plans count: replicas have no
+    state. Meanwhile a rank needs memory for the state of the experts that take a new slot on it, and of one more.
 
     Not ok, with state and homes as before on all ranks of this stage, if a rank cannot take part: too little memory, other plans than the
-    other ranks, damaged data. Raises `ScaleMoEError` for an optimizer that is not supported, if a rank dies, and if in the end the homes
-    are not those of the new plan.
+    other ranks, damaged data. Raises `ScaleMoEError` if a rank dies, and if in the end the homes are not those of the new plan.
     """
     started_s = time.perf_counter()
-    check_migration_support(optimizer)
     if not experts:
         return MigrationReport(True, "", 0, 0, time.perf_counter() - started_s)
     some = next(iter(experts.values()))
-    vote = Vote(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True), some.fc1.device)
+    vote = Vote(stage, some.fc1.device, "migration")
     with torch.no_grad():
-        moved, staged, outgoing_B = _prepare(experts, optimizer, old, new, vote)
+        moved, staged, outgoing_B = _prepare(experts, parameters_of, old, new, vote)
         reason = vote.refusal(_subject(staged, old, new))
         if not reason:
             bytes_moved = _transfer(experts, staged, outgoing_B, moved, vote)
@@ -85,12 +84,13 @@ def migrate_homes(experts: Experts, optimizer: Any, old: PlacementPlan, new: Pla
 
 
 def _prepare(
-    experts: Experts, optimizer: Any, old: PlacementPlan, new: PlacementPlan, vote: Vote
+    experts: ExpertsOfLayers, parameters_of: ParametersOf, old: PlacementPlan, new: PlacementPlan, vote: Vote
 ) -> tuple[Moves | None, Mapping[int, _Staged] | None, Tensor | None]:
     """Homes that change rank on this stage, and the memory for it: arriving experts, and one that leaves. None where this rank objects."""
     vote.attempt(_check_plans, experts, old, new)
-    found = vote.attempt(lambda: {layer: expert_state.parameters(module, optimizer) for layer, module in experts.items()})
-    with_moments = vote.anywhere(any(map(expert_state.has_moments, (found or {}).values())))
+    found = vote.attempt(lambda: {layer: parameters_of(module) for layer, module in experts.items()})
+    has_moments = any(parameter.adam for parameters in (found or {}).values() for parameter in parameters)
+    with_moments = vote.anywhere(has_moments)
     moved = vote.attempt(_homes_that_move, old, new, list(experts))
     states = vote.attempt(lambda: {layer: expert_state.expert_state(found[layer], with_moments) for layer in experts})
     staged, outgoing_B = vote.attempt(_allocate, experts, states, new) or (None, None)
@@ -103,7 +103,7 @@ def _subject(staged: Mapping[int, _Staged] | None, old: PlacementPlan, new: Plac
     return f"plans {old.content_hash[:12]} and {new.content_hash[:12]}, layers {list(staged or ())}, experts of {kinds}"
 
 
-def _check_plans(experts: Experts, old: PlacementPlan, new: PlacementPlan) -> None:
+def _check_plans(experts: ExpertsOfLayers, old: PlacementPlan, new: PlacementPlan) -> None:
     for layer, module in experts.items():
         for plan in (old, new):
             found = (plan.num_ranks, plan.homes_per_rank)
@@ -115,7 +115,7 @@ def _check_plans(experts: Experts, old: PlacementPlan, new: PlacementPlan) -> No
             raise ScaleMoEError(problem, found=f"experts {module.home_experts}")
 
 
-def _homes(plan: PlacementPlan, layer: int, module: ScaleMoEGroupedMLP) -> tuple[int, ...]:
+def _homes(plan: PlacementPlan, layer: int, module: Experts) -> tuple[int, ...]:
     """The logical experts that have their homes in a module's slots."""
     slots_GS = plan.physical_to_logical[layer].reshape(plan.num_ranks, -1)
     return tuple(slots_GS[module.ep_group.rank(), : plan.homes_per_rank].tolist())
@@ -131,7 +131,7 @@ def _select(moved: Moves, chosen: np.ndarray) -> Moves:
     return Moves(*(getattr(moved, field.name)[chosen] for field in dataclasses.fields(Moves)))
 
 
-def _allocate(experts: Experts, states: Mapping[int, ExpertState], new: PlacementPlan) -> tuple[Mapping[int, _Staged], Tensor]:
+def _allocate(experts: ExpertsOfLayers, states: Mapping[int, ExpertState], new: PlacementPlan) -> tuple[Mapping[int, _Staged], Tensor]:
     staged = {}
     for layer, module in experts.items():
         homes = _homes(new, layer, module)
@@ -143,7 +143,7 @@ def _allocate(experts: Experts, states: Mapping[int, ExpertState], new: Placemen
     return staged, new_payload(1, largest, module.fc1.device)[0][0]
 
 
-def _transfer(experts: Experts, staged: Mapping[int, _Staged], outgoing_B: Tensor, moved: Moves, vote: Vote) -> int:
+def _transfer(experts: ExpertsOfLayers, staged: Mapping[int, _Staged], outgoing_B: Tensor, moved: Moves, vote: Vote) -> int:
     """Fill all staged rows; how many bytes the expert-parallel group sent. A rank that objects goes through all of it, too."""
     for layer, module in experts.items():
         for expert, (_, row_B) in staged[layer].rows.items():
@@ -158,7 +158,7 @@ def _transfer(experts: Experts, staged: Mapping[int, _Staged], outgoing_B: Tenso
     return bytes_moved
 
 
-def _exchange_round(layer: int, module: ScaleMoEGroupedMLP, staged: _Staged, outgoing_B: Tensor, moved: Moves, vote: Vote) -> None:
+def _exchange_round(layer: int, module: Experts, staged: _Staged, outgoing_B: Tensor, moved: Moves, vote: Vote) -> None:
     """One round of `rounds`: this rank sends at most one expert and receives at most one."""
     rank, ranks = module.ep_group.rank(), range(module.ep_group.size())
     leaving, arriving = moved.expert[moved.source == rank].tolist(), moved.expert[moved.destination == rank].tolist()
@@ -192,7 +192,7 @@ def _pack(state: ExpertState, slot: int, layer: int, expert: int, row_B: Tensor,
     vote.attempt(expert_state.seal, row_B, layer, expert)
 
 
-def _commit(experts: Experts, staged: Mapping[int, _Staged]) -> None:
+def _commit(experts: ExpertsOfLayers, staged: Mapping[int, _Staged]) -> None:
     """Copies on this rank only, into memory that exists."""
     for layer, module in experts.items():
         homes = list(module.home_experts)
@@ -203,7 +203,7 @@ def _commit(experts: Experts, staged: Mapping[int, _Staged]) -> None:
         module.home_experts = tuple(homes)
 
 
-def _check_homes(experts: Experts, new: PlacementPlan, vote: Vote) -> None:
+def _check_homes(experts: ExpertsOfLayers, new: PlacementPlan, vote: Vote) -> None:
     """Raises on all ranks unless every logical expert has one home in each layer, where the plan wants it."""
     group = next(iter(experts.values())).ep_group
     homes_LH = torch.tensor([module.home_experts for module in experts.values()], device=vote.device)
@@ -211,8 +211,7 @@ def _check_homes(experts: Experts, new: PlacementPlan, vote: Vote) -> None:
     with naming_failure("migration: check of all homes", group):
         dist.all_gather(gathered, homes_LH, group=group)
     vote.attempt(_check_gathered_homes, list(experts), torch.cat(gathered, dim=1).cpu().numpy(), new)
-    if reason := vote.refusal():
-        raise ScaleMoEError(reason, try_="restart from the last checkpoint: experts are lost")
+    vote.settle(try_="restart from the last checkpoint: experts are lost")
 
 
 def _check_gathered_homes(layers: list[int], homes_LE: np.ndarray, new: PlacementPlan) -> None:

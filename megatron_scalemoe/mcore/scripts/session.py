@@ -12,13 +12,14 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.data import DataLoader
 
-from megatron_scalemoe.balance.figures.layers import LayerMeter
-from megatron_scalemoe.balance.figures.writers import format_figures, write_events, write_figures
 from megatron_scalemoe.balance.live import LiveBalance
+from megatron_scalemoe.balance.metrics import LayerMeter
 from megatron_scalemoe.balance.sequences.sampler import PlacedBatchSampler
+from megatron_scalemoe.balance.writers import format_figures, write_events, write_figures
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.faults.agreement import check_ranks_agree
 from megatron_scalemoe.files import write_atomically
+from megatron_scalemoe.mcore.live_model import live_balance
 from megatron_scalemoe.mcore.scripts.support import check_script
 
 _OF_ONE_RANK = ("rank", "local_rank")
@@ -50,8 +51,8 @@ class TrainingSession:
     def start(self, args: argparse.Namespace, model: list[torch.nn.Module], optimizer: Any, config: TransformerConfig, micro_batches: int):
         """When model and optimizer are built, and loaded. Raises `ScaleMoEError` if the plan, topology or model do not fit this job."""
         sizes = {"micro_batches": micro_batches, "micro_batch_size": args.micro_batch_size}
-        self.live = LiveBalance(model, optimizer, config, self._scalemoe, **sizes, say=_say)
-        self._for_writers, self._for_terminal = LayerMeter(self.live, config), LayerMeter(self.live, config)
+        self.live = live_balance(model, optimizer, config, self._scalemoe, **sizes, say=_say)
+        self._for_writers, self._for_terminal = LayerMeter(self.live), LayerMeter(self.live)
 
     def placing_sequences(self, loader: DataLoader | None) -> DataLoader | None:
         """The training data's loader, with the sequences of each global batch placed if that was asked for."""
@@ -75,8 +76,6 @@ class TrainingSession:
     def step_done(self, iteration: int) -> None:
         """After the optimizer step of this iteration."""
         self.live.step_done(iteration)
-        self._for_writers.end_step()
-        self._for_terminal.end_step()
 
     def report(self, args: argparse.Namespace, iteration: int, tensorboard: Any, wandb: Any) -> None:
         """After Megatron's own log of this iteration. tensorboard, wandb: Megatron's writers, on the last rank, where it has them."""

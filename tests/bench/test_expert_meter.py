@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from megatron_scalemoe.balance.expert_meter import ExpertMeter
+from megatron_scalemoe.bench.expert_meter import ExpertMeter
 
 
 @pytest.fixture

@@ -7,30 +7,38 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_scalemoe.balance.groups import Groups
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
-from megatron_scalemoe.traffic.affinity import AffinityTable
+from megatron_scalemoe.traffic.affinity import AffinityTable, stacked_hosts
 from megatron_scalemoe.traffic.sample_history import SampleHistory
 
 LEARN_INTERVAL = 8
 
 
 class AffinityLearner:
-    """Watches a model's token ids and its routers. Owns the hooks (`close` removes them) and the counts on the device.
+    """Watches a model's token ids and its routers. Owns the counts on the device.
 
     model: the module that is called with `input_ids` [B, S], first or by name: a GPTModel. A pipeline stage that is called without them
         learns nothing: its layers then stay unknown, and the others speak for the whole model.
     routers: layer of the plan -> router of this stage, whose output is (probs, routing_map bool [T, E]), T = s * B + b.
-    table: for its sizes.
+    table: for its sizes. Every rank of `groups.world` takes part in what is collective.
     interval: learns in one training step of so many.
 
     Only what runs inside the model's forward is seen, so each token once, also with activation recomputation, which happens in backward.
     """
 
-    def __init__(self, model: nn.Module, routers: Mapping[int, nn.Module], table: AffinityTable, *, interval: int = LEARN_INTERVAL):
-        self.interval = interval
+    def __init__(
+        self,
+        model: nn.Module,
+        routers: Mapping[int, nn.Module],
+        table: AffinityTable,
+        groups: Groups,
+        *,
+        interval: int = LEARN_INTERVAL,
+    ):
+        self._groups, self._interval = groups, interval
         self._num_rows, self._num_layers, num_experts = table.counts.shape
         device = next(model.parameters()).device
         self._counts_RLE = torch.zeros(table.counts.shape, dtype=torch.float32, device=device)
@@ -38,19 +46,14 @@ class AffinityLearner:
         self._local = torch.zeros(2, dtype=torch.int64, device=device)
         self._learning, self._samples, self._recorded = False, iter(()), []
         self._ids_BS = self._rows_T = self._sequences = None
-        self._hooks = [model.register_forward_pre_hook(self._enter, with_kwargs=True), model.register_forward_hook(self._leave)]
-        self._hooks += [
-            router.register_forward_hook(lambda router, _, output, layer=layer: self._observe(layer, router, output[1]))
-            for layer, router in routers.items()
-        ]
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        model.register_forward_hook(self._leave)
+        for layer, router in routers.items():
+            router.register_forward_hook(lambda router, _, output, layer=layer: self._observe(layer, output[1]))
 
     def start_step(self, iteration: int, sample_ids: np.ndarray | None = None) -> None:
         """Call before each training step. sample_ids: int [M, micro-batch], with which every sequence's choices are recorded, too."""
-        self._learning = iteration % self.interval == 0
+        self._learning = iteration % self._interval == 0
         self._samples = iter(()) if sample_ids is None else iter(sample_ids)
 
     def skip_pass(self) -> None:
@@ -59,24 +62,23 @@ class AffinityLearner:
 
     def set_plan(self, plan: PlacementPlan) -> None:
         """The plan in force, for `measured_share`."""
-        rank = parallel_state.get_expert_model_parallel_rank()
-        hosted_LE = np.stack([plan.hosts(layer)[:, rank] for layer in range(plan.num_layers)])
+        hosted_LE = stacked_hosts(plan)[:, :, self._groups.ep.rank()]
         self._hosted_LE.copy_(torch.from_numpy(hosted_LE))
 
-    def sync(self, table: AffinityTable, group: dist.ProcessGroup, *, keep: float) -> AffinityTable:
-        """`table`, faded to `keep`, with what all ranks of the group learnt since the last call. Collective; one host synchronisation."""
-        dist.all_reduce(self._counts_RLE, group=group)
+    def sync(self, table: AffinityTable, *, keep: float) -> AffinityTable:
+        """`table`, faded to `keep`, with what all ranks learnt since the last call. Collective; one host synchronisation."""
+        dist.all_reduce(self._counts_RLE, group=self._groups.world)
         merged = table.merged(self._counts_RLE.cpu().numpy(), keep)
         self._counts_RLE.zero_()
         return merged
 
-    def measured_share(self, group: dist.ProcessGroup) -> float | None:
+    def measured_share(self) -> float | None:
         """Fraction of (token, expert) selections in the learning steps since the last call whose expert had a copy on the token's rank.
 
         That many can stay on their rank; a replica split that evens loads may send some of them elsewhere. None when none were seen.
         Collective; one host synchronisation.
         """
-        dist.all_reduce(self._local, group=group)
+        dist.all_reduce(self._local, group=self._groups.world)
         local, selections = self._local.tolist()
         self._local.zero_()
         return local / selections if selections else None
@@ -102,7 +104,7 @@ class AffinityLearner:
         self._ids_BS = self._rows_T = self._sequences = None
 
     @torch.no_grad()
-    def _observe(self, layer: int, router: nn.Module, routing_map_TE: Tensor) -> None:
+    def _observe(self, layer: int, routing_map_TE: Tensor) -> None:
         if self._ids_BS is None:
             return
         if self._sequences is not None:
@@ -120,6 +122,7 @@ class AffinityLearner:
         """int64 [T]: row * L of this rank's tokens: with sequence parallelism a tensor-parallel rank routes its slice of S."""
         ids_X = self._ids_BS.transpose(0, 1).reshape(-1)
         if num_tokens != ids_X.numel():
-            assert num_tokens * parallel_state.get_tensor_model_parallel_world_size() == ids_X.numel()
-            ids_X = ids_X.narrow(0, parallel_state.get_tensor_model_parallel_rank() * num_tokens, num_tokens)
+            tp = self._groups.tp
+            assert num_tokens * tp.size() == ids_X.numel()
+            ids_X = ids_X.narrow(0, tp.rank() * num_tokens, num_tokens)
         return ids_X % self._num_rows * self._num_layers
