@@ -2,18 +2,9 @@
 
 import pytest
 
+from megatron_scalemoe.balance.node_order import check_nodes
+from megatron_scalemoe.errors import ScaleMoEError
 from tests.rank_pool import pool
-
-
-def problems(*args) -> list[str]:
-    return pool(4).run(_problem, args)
-
-
-def _problem(args: tuple) -> str:
-    from tests.balance import figures_case
-
-    figures_case.initialize_groups(4)
-    return figures_case.node_order_problem(*args)
 
 
 @pytest.mark.parametrize(
@@ -27,18 +18,31 @@ def _problem(args: tuple) -> str:
     ],
 )
 def test_fits(of_plan, of_topology, hosts):
-    assert problems(of_plan, of_topology, list(hosts)) == [""] * 4
+    check_nodes(of_plan, of_topology, hosts)
 
 
 @pytest.mark.parametrize(
     ("of_plan", "of_topology", "hosts", "messages"),
     [
         ([0, 0, 1, 1], None, "abab", ["--scalemoe-plan", "ranks 0-1 | ranks 2-3 in the file, ranks 0, 2 | ranks 1, 3 in this job"]),
-        (None, [0, 0, 1, 1], "aaab", ["--scalemoe-topology", "ranks 0-2 | rank 3 in this job", "start the machines in the order"]),
+        (None, [0, 0, 1, 1], "aaab", ["--scalemoe-topology", "ranks 0-2 | rank 3 in this job"]),
         ([0, 0, 0, 1], [0, 0, 1, 1], "aaaa", ["--scalemoe-plan and --scalemoe-topology", "ranks 0-2 | rank 3 in the plan"]),
     ],
 )
 def test_refused(of_plan, of_topology, hosts, messages):
-    found = problems(of_plan, of_topology, list(hosts))
+    with pytest.raises(ScaleMoEError) as caught:
+        check_nodes(of_plan, of_topology, hosts)
+    assert all(message in str(caught.value) for message in messages), caught.value
+
+
+def problem(*args) -> str:
+    from tests.balance import metrics_case
+
+    return metrics_case.node_order_problem(*args)
+
+
+def test_all_ranks_are_told():
+    found = pool(4).run(problem, [0, 0, 1, 1], None, "abab")
     assert found == [found[0]] * 4
-    assert all(message in found[0] for message in messages), found[0]
+    assert "ranks 0, 2 | ranks 1, 3 in this job" in found[0]
+    assert pool(4).run(problem, [0, 0, 1, 1], [0, 0, 1, 1], "aabb") == [""] * 4

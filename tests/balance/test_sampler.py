@@ -134,9 +134,7 @@ def learnt(options: dict) -> dict:
     return in_case("learnt_counts", setup=options)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "options"), [(2, {"ep": 2}), (2, {"ep": 2, "tp": 2}), (2, {"ep": 2, "recompute": True}), (4, {"ep": 2, "pp": 2})]
-)
+@pytest.mark.parametrize(("ranks", "options"), [(2, {"ep": 2, "tp": 2}), (2, {"ep": 2, "recompute": True}), (4, {"ep": 2, "pp": 2})])
 def test_every_token_is_learnt_once(ranks, options):
     for result in pool(ranks).run(learnt, options):
         np.testing.assert_array_equal(result["learnt"].sum(axis=2), 2 * result["histogram"][:, None] * np.ones((1, 2)))

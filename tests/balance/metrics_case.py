@@ -1,4 +1,4 @@
-"""Figures of layers in a training run, inside a pool rank, and what a brute-force count of the same steps says."""
+"""Inside a pool rank: figures of layers in a training run, and what a brute-force count of the same steps says; the check of nodes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from tests.balance.live_case import make_live, random_plan  # first: it installs
 # isort: split
 import dataclasses
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
 
 from megatron_scalemoe.balance import node_order
-from megatron_scalemoe.balance import writers as figure_writers
-from megatron_scalemoe.balance.metrics import LayerFigures, LayerMeter
+from megatron_scalemoe.balance.metrics import LayerMeter
 from megatron_scalemoe.config import ScaleMoEConfig
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.mcore.live_model import megatron_groups
+from tests.mcore.megatron_case import initialize
 from tests.mcore.tiny_gpt import Setup
 
 STEPS = 3
@@ -55,44 +58,9 @@ def _count_pairs(pairs: torch.Tensor, ranks: int, rank: int, router, inputs: tup
     pairs += torch.stack([output[1].sum(), wanted_TG.sum() - wanted_TG[:, rank].sum()])
 
 
-def written(per_layer: bool) -> tuple[dict, list, list]:
-    """Scalars in TensorBoard, texts, and what W&B got."""
-    figures = [LayerFigures(2, 1.5, 1024.0, 0.5, 0.0, 1, 2), LayerFigures(4, 1.1, None, None, 0.1, 0, 3)]
-    tensorboard, wandb = _Recorder(), _Recorder()
-    figure_writers.write_figures(tensorboard, wandb, figures, 7, per_layer=per_layer)
-    event = {"event": "planner failed", "iteration": 6, "reason": "no memory", "took_s": 0.5}
-    figure_writers.write_events(tensorboard, wandb, [event], 7)
-    figure_writers.write_figures(None, None, figures, 7, per_layer=per_layer)
-    return {(name, at): value for name, value, at in tensorboard.scalars}, tensorboard.texts, wandb.logs
-
-
-class _Recorder:
-    def __init__(self):
-        self.scalars, self.texts, self.logs = [], [], []
-
-    def add_scalar(self, name, value, iteration):
-        self.scalars.append((name, value, iteration))
-
-    def add_text(self, name, text, iteration):
-        self.texts.append((name, text, iteration))
-
-    def log(self, values, iteration):
-        self.logs.append((values, iteration))
-
-
-def table() -> str:
-    return figure_writers.format_figures(
-        [LayerFigures(12, 1.5, 3 << 20, 0.25, 0.015, 1, 2), LayerFigures(4, 1.0, None, None, None, 0, 0)], 300
-    )
-
-
-def node_order_problem(of_plan, of_topology, host_of_rank: list[str]) -> str:
-    """What `check_node_order` says when each rank is on its host."""
-    from unittest import mock
-
-    from megatron_scalemoe.errors import ScaleMoEError
-    from megatron_scalemoe.mcore.live_model import megatron_groups
-
+def node_order_problem(of_plan, of_topology, host_of_rank: str) -> str:
+    """What `check_node_order` says on four expert-parallel ranks when each is on its host."""
+    initialize(1, 4, 1)
     host = host_of_rank[torch.distributed.get_rank()]
     with mock.patch.object(node_order.socket, "gethostname", return_value=host):
         try:
@@ -100,9 +68,3 @@ def node_order_problem(of_plan, of_topology, host_of_rank: list[str]) -> str:
         except ScaleMoEError as error:
             return str(error)
     return ""
-
-
-def initialize_groups(ep: int) -> None:
-    from tests.mcore.megatron_case import initialize
-
-    initialize(1, ep, 1)
