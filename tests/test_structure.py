@@ -88,7 +88,8 @@ def test_import_contracts_hold():
         ("config.py", "import torch"),
         ("cli/bench/command.py", "def f():\n    import megatron.core"),
         ("ops/__init__.py", "import megatron_scalemoe.mcore"),
-        ("dispatch/__init__.py", "import megatron_scalemoe.faults"),
+        ("balance/__init__.py", "import megatron_scalemoe.mcore"),
+        ("faults/__init__.py", "import megatron_scalemoe.dispatch"),
         ("without_a_layer.py", ""),
     ],
 )
