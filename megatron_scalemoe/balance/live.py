@@ -97,9 +97,9 @@ class LiveBalance:
         """
         plans.check_same_plan(plan, self._groups.stage)
         experts = {live.index: live.experts for live in self.layers}
-        report = migrate_homes(experts, self.model.parameters_of, self.plan, plan, self._groups.stage)
-        if not report.ok:
-            self._tell({"event": "migration failed", "reason": report.reason})
+        reason = migrate_homes(experts, self.model.parameters_of, self.plan, plan, self._groups.stage)
+        if reason:
+            self._tell({"event": "migration failed", "reason": reason})
             return False
         self.plan = plan
         for live in self.layers:

@@ -21,23 +21,18 @@ def _call(name: str, args: tuple, kwargs: dict):
 
 def check(results: list[dict], tensors: list[str] = TENSORS) -> None:
     for result in results:
-        assert result["report"].ok and result["back"].ok, result["report"].reason
+        assert result["reason"] == result["back"] == ""
         assert result["different"] == [] and result["different_back"] == []
         assert result["homes_fit"]
         assert result["tensors"] == tensors
         assert result["distinct"] > 0.4  # the experts differ, so an expert in another's place is seen
-        assert result["report"].num_moved == result["expected_moves"] == result["back"].num_moved
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True, **DISTRIBUTED}], ids=str)
 def test_two_ranks(options):
     results = on_ranks(2, "migrate", {"ep": 2, **options}, seed=1)
     check(results)
-    expert_bytes = 2 * 64 * 32 * (2 + 4 + 4 + 4 if options.get("bf16") else 4 + 4 + 4)
-    for result in results:
-        assert result["experts"] == 16
-        assert result["report"].num_moved > 0
-        assert result["report"].bytes_moved == result["report"].num_moved * (expert_bytes + 32)
+    assert all(result["experts"] == 16 and result["moves"] > 0 for result in results)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +79,7 @@ def test_expert_tensor_parallel():
 def test_slots_within_ranks(options):
     results = on_ranks(2, "migrate", options, seed=1, within_ranks=True)
     check(results)
-    assert results[0]["report"].num_moved == results[0]["report"].bytes_moved == 0
+    assert results[0]["moves"] == 0
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, DISTRIBUTED], ids=str)
@@ -109,21 +104,20 @@ def test_a_fault_on_one_rank_changes_nothing_anywhere(ranks, options, faults):
     """One after the other; then the homes can still move."""
     results = on_ranks(ranks, "refused", {"ep": 2, **options}, faults, rank=1)
     for result in results:
-        for fault, report in zip(faults, result["reports"], strict=True):
-            assert not report.ok
-            assert SAID[fault] in report.reason and "rank" in report.reason
-        assert [report.reason for report in result["reports"]] == [report.reason for report in results[0]["reports"]]
+        for fault, reason in zip(faults, result["reasons"], strict=True):
+            assert SAID[fault] in reason and "rank" in reason
+        assert result["reasons"] == results[0]["reasons"]
         assert result["homes_kept"] and result["different"] == []
-        assert result["again"] and result["different_again"] == []
+        assert result["again"] == "" and result["different_again"] == []
 
 
 def test_ranks_with_other_plans_are_refused():
     for other_new, other_old, other_size in on_ranks(2, "other_plans"):
-        assert not other_new.ok and "rank 1 disagrees with rank 0" in other_new.reason
-        assert not other_old.ok and "rank 1: layer 0: the homes must be those of the old plan" in other_old.reason
-        assert not other_size.ok and "rank 0: layer 0: the plan must be for 2 ranks with 4 homes each" in other_size.reason
+        assert "rank 1 disagrees with rank 0" in other_new
+        assert "rank 1: layer 0: the homes must be those of the old plan" in other_old
+        assert "rank 0: the new plan must be for the 2 ranks" in other_size
 
 
 def test_a_lost_expert_is_an_error_on_all_ranks():
     for message in on_ranks(2, "lost_expert"):
-        assert "layer 1: after the migration the home slots must hold experts" in message
+        assert "rank 1: layer 1: the homes must be those of the new plan" in message

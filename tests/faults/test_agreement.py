@@ -1,6 +1,5 @@
 """Ranks that were started with different settings are told which, on every rank."""
 
-import pytest
 import torch.distributed as dist
 
 from megatron_scalemoe.config import ScaleMoEConfig
@@ -20,10 +19,9 @@ def disagreement(by_rank: list[dict]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_the_same_settings_are_accepted(world_size):
-    order = [dict(SETTINGS), dict(reversed(SETTINGS.items()))] * (world_size // 2)
-    assert pool(world_size).run(disagreement, order) == [""] * world_size
+def test_the_same_settings_are_accepted():
+    order = [dict(SETTINGS), dict(reversed(SETTINGS.items()))]
+    assert pool(2).run(disagreement, order) == ["", ""]
 
 
 def test_the_differing_flag_its_values_and_ranks_are_named_on_every_rank():

@@ -7,7 +7,6 @@ each copy it into place. Until then nothing was changed, and the old plan stays 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -23,25 +22,11 @@ from megatron_scalemoe.faults.agreement import Vote
 from megatron_scalemoe.ops.payload import new_payload
 from megatron_scalemoe.ops.ragged import naming_failure
 from megatron_scalemoe.placement.migration import Moves, moves, rounds
+from megatron_scalemoe.plan.fit import Sizes, check_fit
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
 
 ExpertsOfLayers = Mapping[int, Experts]
 ParametersOf = Callable[[Experts], tuple[Parameter, ...]]
-
-
-@dataclasses.dataclass(frozen=True)
-class MigrationReport:
-    """What `migrate_homes` did on one pipeline stage; all but `seconds` is the same on all its ranks.
-
-    reason: why nothing was changed, if not ok. num_moved: homes that changed rank. bytes_moved: sent between expert-parallel ranks, by all
-    ranks together. seconds: on this rank.
-    """
-
-    ok: bool
-    reason: str
-    num_moved: int
-    bytes_moved: int
-    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,33 +39,32 @@ class _Staged:
 
 def migrate_homes(
     experts: ExpertsOfLayers, parameters_of: ParametersOf, old: PlacementPlan, new: PlacementPlan, stage: dist.ProcessGroup
-) -> MigrationReport:
+) -> str:
     """Move weights and optimizer state of every expert whose home differs between the plans, and set the modules' `home_experts`.
 
     experts: the plan's layer -> module, on this pipeline stage. parameters_of: a module's weights with their optimizer state. stage: the
     ranks of the pipeline stage. Collective over them, after `optimizer.step()`. Only the home slots of the plans count: replicas have no
     state. Meanwhile a rank needs memory for the state of the experts that take a new slot on it, and of one more.
 
-    Not ok, with state and homes as before on all ranks of this stage, if a rank cannot take part: too little memory, other plans than the
-    other ranks, damaged data. Raises `ScaleMoEError` if a rank dies, and if in the end the homes are not those of the new plan.
+    Returns "", or why a rank could not take part: too little memory, other plans than the other ranks, damaged data. Then state and homes
+    are as before on all ranks of this stage. Raises `ScaleMoEError` if a rank dies, and if in the end the homes are not those of the new
+    plan.
     """
-    started_s = time.perf_counter()
     if not experts:
-        return MigrationReport(True, "", 0, 0, time.perf_counter() - started_s)
-    some = next(iter(experts.values()))
-    vote = Vote(stage, some.fc1.device, "migration")
+        return ""
+    vote = Vote(stage, next(iter(experts.values())).fc1.device, "migration")
     with torch.no_grad():
         moved, staged, outgoing_B = _prepare(experts, parameters_of, old, new, vote)
         reason = vote.refusal(_subject(staged, old, new))
         if not reason:
-            bytes_moved = _transfer(experts, staged, outgoing_B, moved, vote)
+            _transfer(experts, staged, outgoing_B, moved, vote)
             reason = vote.refusal()
         if reason:
-            return MigrationReport(False, reason, 0, 0, time.perf_counter() - started_s)
+            return reason
         _commit(experts, staged)
-    _check_homes(experts, new, vote)
-    copies = vote.group.size() // some.ep_group.size()  # of each expert: parts by expert tensor parallelism, replicas by data parallelism
-    return MigrationReport(True, "", moved.num_homes, copies * bytes_moved, time.perf_counter() - started_s)
+    vote.attempt(_check_homes, experts, new, "new")
+    vote.settle(try_="restart from the last checkpoint: experts are lost")
+    return ""
 
 
 def _prepare(
@@ -89,8 +73,7 @@ def _prepare(
     """Homes that change rank on this stage, and the memory for it: arriving experts, and one that leaves. None where this rank objects."""
     vote.attempt(_check_plans, experts, old, new)
     found = vote.attempt(lambda: {layer: parameters_of(module) for layer, module in experts.items()})
-    has_moments = any(parameter.adam for parameters in (found or {}).values() for parameter in parameters)
-    with_moments = vote.anywhere(has_moments)
+    with_moments = vote.anywhere(any(parameter.adam for parameters in (found or {}).values() for parameter in parameters))
     moved = vote.attempt(_homes_that_move, old, new, list(experts))
     states = vote.attempt(lambda: {layer: expert_state.expert_state(found[layer], with_moments) for layer in experts})
     staged, outgoing_B = vote.attempt(_allocate, experts, states, new) or (None, None)
@@ -104,14 +87,17 @@ def _subject(staged: Mapping[int, _Staged] | None, old: PlacementPlan, new: Plac
 
 
 def _check_plans(experts: ExpertsOfLayers, old: PlacementPlan, new: PlacementPlan) -> None:
+    module = next(iter(experts.values()))
+    ranks, homes = module.ep_group.size(), module.num_local_experts
+    check_fit({"the model": Sizes(None, ranks, ranks * homes), "the old plan": old, "the new plan": new})
+    _check_homes(experts, old, "old")
+
+
+def _check_homes(experts: ExpertsOfLayers, plan: PlacementPlan, which: str) -> None:
+    """Raises unless the experts that this rank holds are those of the plan. If no rank objects, each expert has one home."""
     for layer, module in experts.items():
-        for plan in (old, new):
-            found = (plan.num_ranks, plan.homes_per_rank)
-            if layer >= plan.num_layers or found != (module.ep_group.size(), module.num_local_experts):
-                problem = f"layer {layer}: the plan must be for {module.ep_group.size()} ranks with {module.num_local_experts} homes each"
-                raise ScaleMoEError(problem, found=f"{plan.num_layers} layers, {found[0]} ranks with {found[1]} homes each")
-        if module.home_experts != _homes(old, layer, module):
-            problem = f"layer {layer}: the homes must be those of the old plan, experts {_homes(old, layer, module)}"
+        if module.home_experts != _homes(plan, layer, module):
+            problem = f"layer {layer}: the homes must be those of the {which} plan, experts {_homes(plan, layer, module)}"
             raise ScaleMoEError(problem, found=f"experts {module.home_experts}")
 
 
@@ -143,19 +129,16 @@ def _allocate(experts: ExpertsOfLayers, states: Mapping[int, ExpertState], new: 
     return staged, new_payload(1, largest, module.fc1.device)[0][0]
 
 
-def _transfer(experts: ExpertsOfLayers, staged: Mapping[int, _Staged], outgoing_B: Tensor, moved: Moves, vote: Vote) -> int:
-    """Fill all staged rows; how many bytes the expert-parallel group sent. A rank that objects goes through all of it, too."""
+def _transfer(experts: ExpertsOfLayers, staged: Mapping[int, _Staged], outgoing_B: Tensor, moved: Moves, vote: Vote) -> None:
+    """Fill all staged rows. A rank that objects goes through all of it, too."""
     for layer, module in experts.items():
         for expert, (_, row_B) in staged[layer].rows.items():
             if expert in module.home_experts:
                 _pack(staged[layer].state, module.home_experts.index(expert), layer, expert, row_B, vote)
-    ep_group, bytes_moved = next(iter(experts.values())).ep_group, 0
-    for chosen in rounds(moved, ep_group.size()):
+    for chosen in rounds(moved, next(iter(experts.values())).ep_group.size()):
         layer = int(moved.layer[chosen[0]])
-        row_bytes = staged[layer].state.layout.row_bytes
-        _exchange_round(layer, experts[layer], staged[layer], outgoing_B[:row_bytes], _select(moved, chosen), vote)
-        bytes_moved += row_bytes * len(chosen)
-    return bytes_moved
+        outgoing = outgoing_B[: staged[layer].state.layout.row_bytes]
+        _exchange_round(layer, experts[layer], staged[layer], outgoing, _select(moved, chosen), vote)
 
 
 def _exchange_round(layer: int, module: Experts, staged: _Staged, outgoing_B: Tensor, moved: Moves, vote: Vote) -> None:
@@ -201,23 +184,3 @@ def _commit(experts: ExpertsOfLayers, staged: Mapping[int, _Staged]) -> None:
                 tensor.write(slot, row_N)
             homes[slot] = expert_state.sealed_expert(row_B)
         module.home_experts = tuple(homes)
-
-
-def _check_homes(experts: ExpertsOfLayers, new: PlacementPlan, vote: Vote) -> None:
-    """Raises on all ranks unless every logical expert has one home in each layer, where the plan wants it."""
-    group = next(iter(experts.values())).ep_group
-    homes_LH = torch.tensor([module.home_experts for module in experts.values()], device=vote.device)
-    gathered = [torch.empty_like(homes_LH) for _ in range(group.size())]
-    with naming_failure("migration: check of all homes", group):
-        dist.all_gather(gathered, homes_LH, group=group)
-    vote.attempt(_check_gathered_homes, list(experts), torch.cat(gathered, dim=1).cpu().numpy(), new)
-    vote.settle(try_="restart from the last checkpoint: experts are lost")
-
-
-def _check_gathered_homes(layers: list[int], homes_LE: np.ndarray, new: PlacementPlan) -> None:
-    slots_LGS = new.physical_to_logical[layers].reshape(len(layers), new.num_ranks, -1)
-    wanted_LE = slots_LGS[:, :, : new.homes_per_rank].reshape(len(layers), -1)
-    for layer, homes_E, wanted_E in zip(layers, homes_LE, wanted_LE, strict=True):
-        if not np.array_equal(homes_E, wanted_E):
-            problem = f"layer {layer}: after the migration the home slots must hold experts {wanted_E.tolist()}"
-            raise ScaleMoEError(problem, found=f"{homes_E.tolist()}")
