@@ -86,7 +86,7 @@ class LayerReplicas:
         """Add one micro-batch's gradients of the copies."""
         if self._gradients is None:
             kept = zip(gradients, self.parameters, strict=True)
-            self._gradients = tuple(gradient.to(_main_grad(parameter).dtype, copy=True) for gradient, parameter in kept)
+            self._gradients = tuple(gradient.to(parameter.main_grad.dtype, copy=True) for gradient, parameter in kept)
         else:
             for total, gradient in zip(self._gradients, gradients, strict=True):
                 total += gradient
@@ -96,18 +96,18 @@ class LayerReplicas:
         if not self._used:
             return
         began = time.perf_counter()
-        grads = self._gradients or [_main_grad(p).new_zeros(len(self.replica_slots), *p.shape[1:]) for p in self.parameters]
+        grads = self._gradients or [p.main_grad.new_zeros(len(self.replica_slots), *p.shape[1:]) for p in self.parameters]
         rows_RD = torch.cat([gradient.flatten(1).index_select(0, self._slot_of_row_R) for gradient in grads], 1)
         returned_ND, _ = self._exchange(rows_RD, self._splits.reversed(), async_op=False)
         # a sum in a fixed order, whatever the device
         sums_LD = sum_rows(returned_ND, row_map(self._sent_N, self.parameters[0].shape[0]))
         for parameter, total in zip(self.parameters, self._split_columns(sums_LD), strict=True):
-            _main_grad(parameter).add_(total.view_as(parameter))
+            parameter.main_grad.add_(total.view_as(parameter))
         self.drop_gradients()
         self._count_time(time.perf_counter() - began)
 
     def drop_gradients(self) -> None:
-        """Forget the gradients collected so far, as when the main gradients are set to 0. The copies stay valid."""
+        """Forget the gradients collected so far, as when the main gradients, DDP's buffer, are set to 0. The copies stay valid."""
         self._gradients, self._used = None, False
 
     def renew(self) -> None:
@@ -150,8 +150,3 @@ def _homes(homes_GL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int [E], int [E]: rank and index among the rank's homes of each expert."""
     order = np.argsort(homes_GL.reshape(-1))
     return np.divmod(order, homes_GL.shape[1])
-
-
-def _main_grad(parameter: torch.nn.Parameter) -> Tensor:
-    """What the optimizer reads: DDP's buffer."""
-    return parameter.main_grad
