@@ -1,7 +1,4 @@
-"""The shape of the code base: who imports whom, how long files and functions are, and that importing does nothing else.
-
-Each check is a small function that is also shown something bad, so that it is known to be able to fail.
-"""
+"""The shape of the code base: who imports whom, how long files and functions are, and that importing does nothing else."""
 
 import ast
 import importlib.metadata
@@ -27,91 +24,79 @@ MODULES = sorted(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "megatron
 TORCH_FREE = ["megatron_scalemoe", *(m for m in MODULES if m.split(".")[1] not in RUNTIME)]
 SOURCES = sorted(p for folder in ("megatron_scalemoe", "examples", "tools", "tests") for p in (ROOT / folder).rglob("*.py"))
 
-BLOCKER = """
+# Prints what cannot be imported where there is neither torch nor megatron.
+WITHOUT_TORCH = """
 import importlib, sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "megatron"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocker())
-importlib.import_module(sys.argv[1])
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(f"{name}: {error}")
 """
 
+# Prints what importing modules replaces in torch, or changes in the process.
 SIDE_EFFECTS = """
 import importlib, os, sys
 import torch, torch.distributed
 import megatron.core.models.gpt, megatron.core.transformer.moe.moe_layer, megatron.core.optimizer
 
-def state():
-    places = (torch, torch.cuda, torch.Tensor, torch.distributed, torch.nn.functional)
-    functions = {(p.__name__, name): value for p in places for name, value in vars(p).items() if callable(value)}
-    return functions, dict(os.environ), torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads()
+PLACES = (torch, torch.cuda, torch.Tensor, torch.distributed, torch.nn.functional)
 
-functions, *rest = state()
+def state():
+    found = {f"{place.__name__}.{name}": value for place in PLACES for name, value in vars(place).items() if callable(value)}
+    found |= {"environment": dict(os.environ), "random state": torch.get_rng_state().tolist()}
+    return found | {"default dtype": torch.get_default_dtype(), "threads": torch.get_num_threads()}
+
+before = state()
 for name in sys.argv[1:]:
     importlib.import_module(name)
-functions_after, *rest_after = state()
-changed = [key for key, value in functions.items() if functions_after.get(key) is not value]
-assert not changed, f"replaced on import: {changed}"
-assert rest == rest_after, "environment variables, random state, default dtype or thread count changed on import"
+    after = state()
+    for key, value in before.items():
+        if after.get(key) is not value and after.get(key) != value:
+            print(f"{name}: {key}")
+    before = after
 """
 
 
-def run_python(code: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240)
-
-
-@pytest.mark.parametrize("module", TORCH_FREE)
-def test_imports_without_torch_and_megatron(module):
-    result = run_python(BLOCKER, module)
+def python_prints(code: str, *arguments: str, cwd: Path = ROOT) -> list[str]:
+    result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
 
 
-def test_the_blocker_blocks():
-    assert "torch is blocked" in run_python(BLOCKER, "megatron_scalemoe.ops.permute").stderr
+def test_the_planner_half_imports_without_torch_and_megatron():
+    failed = python_prints(WITHOUT_TORCH, *TORCH_FREE, "megatron_scalemoe.ops.permute")
+    assert failed == ["megatron_scalemoe.ops.permute: torch is blocked"]
 
 
-def lint_imports(cwd: Path) -> subprocess.CompletedProcess:
+def test_importing_changes_nothing(tmp_path):
+    (tmp_path / "bad_module.py").write_text("import torch\ntorch.cuda.current_device = lambda: 'cpu'\n")
+    changed = python_prints(SIDE_EFFECTS, "megatron_scalemoe", *MODULES, "bad_module", cwd=tmp_path)
+    assert changed == ["bad_module: torch.cuda.current_device"]
+
+
+def test_import_contracts_can_fail(tmp_path):
+    """That they hold .ci/run asks, which calls lint-imports itself."""
     program = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
     assert program, "lint-imports is not installed beside this Python: pip install -e '.[dev]'"
-    return subprocess.run([program, "--no-cache"], cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
-def test_import_contracts_hold():
-    result = lint_imports(ROOT)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-@pytest.mark.parametrize(
-    ("module", "line"),
-    [
-        ("config.py", "import torch"),
-        ("cli/bench/command.py", "def f():\n    import megatron.core"),
-        ("ops/__init__.py", "import megatron_scalemoe.mcore"),
-        ("balance/__init__.py", "import megatron_scalemoe.mcore"),
-        ("faults/__init__.py", "import megatron_scalemoe.dispatch"),
-        ("without_a_layer.py", ""),
-    ],
-)
-def test_import_contracts_can_fail(tmp_path, module, line):
     shutil.copytree(PACKAGE, tmp_path / "megatron_scalemoe", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    with open(tmp_path / "megatron_scalemoe" / module, "a", encoding="utf-8") as file:
-        file.write(f"\n{line}\n")
-    result = lint_imports(tmp_path)
+    wrong = {
+        "config.py": "import torch",
+        "cli/main.py": "def f():\n    import megatron.core",
+        "ops/__init__.py": "import megatron_scalemoe.mcore",
+    }
+    for module, line in wrong.items():
+        with open(tmp_path / "megatron_scalemoe" / module, "a", encoding="utf-8") as file:
+            file.write(f"\n{line}\n")
+    result = subprocess.run([program, "--no-cache"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0
-    assert "BROKEN" in result.stdout
-
-
-def test_importing_any_module_changes_nothing():
-    result = run_python(SIDE_EFFECTS, "megatron_scalemoe", *MODULES)
-    assert result.returncode == 0, result.stderr
-
-
-def test_side_effects_are_noticed(tmp_path):
-    (tmp_path / "bad_module.py").write_text("import torch\ntorch.cuda.current_device = lambda: 'cpu'\n")
-    result = run_python(SIDE_EFFECTS, "bad_module", cwd=tmp_path)
-    assert "('torch.cuda', 'current_device')" in result.stderr
+    assert result.stdout.count(" BROKEN") == len(wrong), result.stdout
 
 
 def long_functions(source: str) -> list[str]:
@@ -119,17 +104,16 @@ def long_functions(source: str) -> list[str]:
     return [f"{f.name} ({length} lines)" for f in functions if (length := f.end_lineno - f.lineno + 1) > MAX_FUNCTION_LINES]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_and_functions_are_short(path):
-    source = path.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= MAX_FILE_LINES
-    assert not long_functions(source)
-
-
-def test_long_functions_are_noticed():
-    body = "    x = 1\n" * (MAX_FUNCTION_LINES - 1)
-    assert not long_functions(f"def f():\n{body}")
-    assert long_functions(f"class C:\n  def f(self):\n{body}    x = 1\n") == ["f (61 lines)"]
+def test_files_and_functions_are_short():
+    long = {}
+    for path in SOURCES:
+        source = path.read_text(encoding="utf-8")
+        lines = len(source.splitlines())
+        if found := long_functions(source) + [f"{lines} lines"] * (lines > MAX_FILE_LINES):
+            long[str(path.relative_to(ROOT))] = found
+    assert not long
+    body = "    x = 1\n" * MAX_FUNCTION_LINES
+    assert long_functions(f"class C:\n  def f(self):\n{body}") == ["f (61 lines)"]
 
 
 def pickle_uses(source: str) -> list[str]:
@@ -146,23 +130,17 @@ def pickle_uses(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_the_package_does_not_pickle(path):
-    assert not pickle_uses(path.read_text(encoding="utf-8"))
-
-
-def test_pickle_is_noticed():
+def test_the_package_does_not_pickle():
+    found = {str(path): uses for path in PACKAGE.rglob("*.py") if (uses := pickle_uses(path.read_text(encoding="utf-8")))}
+    assert not found
     source = "import pickle\nfrom dill import load\nf(x, allow_pickle=True)\nf(x, weights_only=False)\nf(x, weights_only=True)"
     assert pickle_uses(source) == ["pickle", "dill", "allow_pickle=True", "weights_only=False"]
 
 
-@pytest.mark.parametrize(("name", "module"), megatron_scalemoe._PUBLIC.items())
-def test_every_public_name_resolves(name, module):
-    assert name in megatron_scalemoe.__all__
-    assert getattr(megatron_scalemoe, name).__module__ == f"megatron_scalemoe.{module}"
-
-
-def test_an_unknown_public_name_is_an_attribute_error():
+def test_public_names():
+    assert set(megatron_scalemoe._PUBLIC) <= set(megatron_scalemoe.__all__)
+    for name, module in megatron_scalemoe._PUBLIC.items():
+        assert getattr(megatron_scalemoe, name).__module__ == f"megatron_scalemoe.{module}"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = megatron_scalemoe.nonsense
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.rank_pool import pool
 
-ITERATIONS, SAVED = 50, 20
+ITERATIONS, SAVED = 30, 15
 LIVE = "--scalemoe-replicas 2 --scalemoe-replan-interval 10 --scalemoe-migrate --scalemoe-sequence-placement affinity"
 
 
@@ -35,7 +35,7 @@ def difference(losses: list[float], expected: list[float]) -> float:
 def test_the_loss_is_stock_megatrons(stock, ours):
     flags = ["--expert-model-parallel-size", "2", "--moe-dispatcher", "scalemoe", *ours.split()]
     losses = on_ranks(2, "bert_losses", flags, 1, ITERATIONS)[0]
-    assert losses[-1] < losses[0] - 1, "the model does not learn"
+    assert losses[-1] < losses[0] - 0.5, "the model does not learn"
     assert difference(losses, stock[0]) <= 1e-4
 
 
@@ -43,7 +43,7 @@ def test_stocks_checkpoint_is_resumed_with_ours_and_ours_with_stock(stock, tmp_p
     expected, saved = stock
     both = ["--expert-model-parallel-size", "2"]
     ours = [*both, "--moe-dispatcher", "scalemoe"]
-    middle = SAVED + 10
+    middle = SAVED + 5
     losses = on_ranks(2, "bert_losses", ours, SAVED + 1, middle, saved, tmp_path)[0]
     losses += on_ranks(2, "bert_losses", both, middle + 1, ITERATIONS, tmp_path)[0]
     assert difference(losses, expected[SAVED:]) <= 1e-6
@@ -55,19 +55,16 @@ def test_with_a_pipeline():
     assert difference(ours, stock) <= 1e-4
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
+def test_what_megatrons_bert_cannot_do_is_refused():
+    for flags, said in (
         ("--moe-layer-freq 2", "--moe-layer-freq 2"),
         ("--transformer-impl transformer_engine", "no layers of Transformer Engine"),
         ("--tensor-model-parallel-size 2", "no norm for sequence parallelism"),
         ("--swiglu", ""),
-    ],
-)
-def test_what_megatrons_bert_cannot_do_is_refused(flags, said):
-    message = on_ranks(2, "bert_refusal", flags.split())[0]
-    assert said in message
-    assert bool(message) == bool(said)
+    ):
+        message = on_ranks(2, "bert_refusal", flags.split())[0]
+        assert said in message
+        assert bool(message) == bool(said)
 
 
 def test_masking_depends_on_the_seed_of_the_sequence_alone():

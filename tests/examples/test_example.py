@@ -18,6 +18,7 @@ TINY = [
     *("--lr-warmup-iters", "2", "--log-interval", "1", "--eval-iters", "1"),
 ]
 TIMEOUT_S = 240
+SAVED, LAST = 30, 60
 
 
 def launch(folder: Path, *flags: str, ranks: int = 2, ep: int = 2) -> subprocess.Popen:
@@ -48,33 +49,34 @@ def train(folder: Path, name: str, *flags: str, **sizes: int) -> dict[int, float
     """Train successfully; returns {iteration: loss}."""
     code, output = run(folder, "--run-name", name, *flags, **sizes)
     assert code == 0, output[-4000:]
-    history = json.loads((folder / "runs" / name / "train.json").read_text())["history"]
-    return {record["iteration"]: record["lm_loss"] for record in history if "lm_loss" in record}
+    return {record["iteration"]: record["lm_loss"] for record in history(folder, name)}
+
+
+def history(folder: Path, name: str) -> list[dict]:
+    """Of the iterations that trained."""
+    records = json.loads((folder / "runs" / name / "train.json").read_text())["history"]
+    return [record for record in records if "lm_loss" in record]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Stock and scalemoe runs of 100 iterations, with checkpoints at 50 and 100, in one folder."""
+    """Stock and scalemoe runs of `LAST` iterations, with checkpoints at `SAVED` and at the end, in one folder."""
     folder = tmp_path_factory.mktemp("example")
-    flags = ("--train-iters", "100", "--save-interval", "50")
+    flags = ("--train-iters", str(LAST), "--save-interval", str(SAVED))
     stock = train(folder, "stock", *flags)
     ours = train(folder, "ours", *flags, "--moe-dispatcher", "scalemoe", "--compare-iters", "2")
     return folder, stock, ours
 
 
-def test_the_loss_curve_is_stock_megatrons(runs):
-    _, stock, ours = runs
-    assert list(stock) == list(range(1, 101))
-    assert stock[100] < 0.7 * stock[1], "the model does not learn"
+def test_the_losses_are_stock_megatrons(runs):
+    folder, stock, ours = runs
+    assert list(stock) == list(range(1, LAST + 1))
+    assert stock[LAST] < 0.8 * stock[1], "the model does not learn"
     assert max(abs(stock[i] - ours[i]) for i in stock) <= 1e-4
-
-
-def test_the_auxiliary_loss_is_stock_megatrons(runs):
-    folder, _, _ = runs
-    stock, ours = (json.loads((folder / "runs" / name / "train.json").read_text())["history"] for name in ("stock", "ours"))
-    pairs = [(a["load_balancing_loss"], b["load_balancing_loss"]) for a, b in zip(stock, ours, strict=True) if "lm_loss" in a]
-    assert len(pairs) == 100
-    assert all(a > 0.9 and abs(a - b) <= 1e-4 for a, b in pairs)  # 1 is a perfect balance
+    balance = [
+        (a["load_balancing_loss"], b["load_balancing_loss"]) for a, b in zip(history(folder, "stock"), history(folder, "ours"), strict=True)
+    ]
+    assert all(a > 0.9 and abs(a - b) <= 1e-4 for a, b in balance)  # 1 is a perfect balance
 
 
 def test_the_comparison_table(runs):
@@ -88,55 +90,43 @@ def test_the_comparison_table(runs):
     assert list((folder / "runs" / "ours" / "tensorboard").glob("events*"))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "ep", "flags"), [(2, 2, ("--moe-dispatcher", "scalemoe")), (2, 2, ()), (4, 4, ("--moe-dispatcher", "scalemoe"))]
-)
-def test_resume_continues_the_same_curve(runs, ranks, ep, flags):
-    """From the ScaleMoE run's checkpoint of iteration 50: ours again, stock, and on 4 ranks."""
+@pytest.mark.parametrize(("ranks", "flags", "tolerance"), [(2, (), 1e-6), (4, ("--moe-dispatcher", "scalemoe"), 0.05)])
+def test_resume_continues_the_same_curve(runs, ranks, flags, tolerance):
+    """From the ScaleMoE run's first checkpoint: stock; and ours on 4 ranks, where the auxiliary loss is another, being one rank's."""
     folder, _, ours = runs
-    load = ("--load", "runs/ours/checkpoints", "--ckpt-step", "50", "--train-iters", "60", "--lr-decay-iters", "100")
-    # the auxiliary loss is of one rank's own tokens, so it depends on the number of ranks
-    tolerance = 1e-6 if ranks == 2 else 0.05
-    resumed = train(folder, f"resumed-{ranks}-{len(flags)}", *load, *flags, ranks=ranks, ep=ep)
-    assert list(resumed) == list(range(51, 61))
+    load = ("--load", "runs/ours/checkpoints", "--ckpt-step", str(SAVED), "--train-iters", str(SAVED + 10), "--lr-decay-iters", str(LAST))
+    resumed = train(folder, f"resumed-{ranks}", *load, *flags, ranks=ranks, ep=ranks)
+    assert list(resumed) == list(range(SAVED + 1, SAVED + 11))
     assert max(abs(resumed[i] - ours[i]) for i in resumed) <= tolerance
 
 
-def test_parallel_layouts_train(tmp_path):
-    """TP x EP, PP, the distributed optimizer, bf16 and recomputation, all at once over two runs."""
-    layout = ("--tensor-model-parallel-size", "2", "--use-distributed-optimizer", "--overlap-grad-reduce", "--bf16")
-    tp = train(tmp_path, "tp", "--train-iters", "15", *layout, "--moe-dispatcher", "scalemoe", ranks=4, ep=2)
-    pipeline = ("--pipeline-model-parallel-size", "2", "--recompute-granularity", "full", "--recompute-method", "uniform")
-    pp = train(
-        tmp_path, "pp", "--train-iters", "15", *pipeline, "--recompute-num-layers", "1", "--moe-dispatcher", "scalemoe", ranks=4, ep=2
-    )
-    for losses in (tp, pp):
-        assert losses[15] < 0.9 * losses[1]
+def test_a_parallel_layout_trains(tmp_path):
+    """TP, PP and EP, the distributed optimizer, bf16 and recomputation, all at once."""
+    layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --expert-tensor-parallel-size 1 --use-distributed-optimizer "
+    layout += "--overlap-grad-reduce --bf16 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    losses = train(tmp_path, "all", "--train-iters", "15", *layout.split(), "--moe-dispatcher", "scalemoe", ranks=4, ep=2)
+    assert losses[15] < 0.9 * losses[1]
 
 
-BAD = {
-    "unknown flag": (["--no-such-flag"], "--no-such-flag"),
-    "contradiction": (["--scalemoe-dispatch", "padded"], "needs --moe-dispatcher scalemoe"),
-    "experts not divisible": (["--num-experts", "7"], "--num-experts must be a multiple"),
-    "unsupported": (
-        ["--moe-dispatcher", "scalemoe", "--moe-shared-expert-overlap", "--moe-shared-expert-intermediate-size", "32"],
-        "--moe-shared-expert-overlap",
-    ),
-    "missing data": (["--data-path", "/nowhere/at/all"], "--data-path names nothing"),
-    "missing checkpoint": (["--load", "/nowhere/at/all"], "no checkpoint in /nowhere/at/all"),
-}
+def test_wrong_flags_are_refused_before_any_rank_starts(tmp_path):
+    wrong = {
+        "--no-such-flag": "--no-such-flag",
+        "--scalemoe-dispatch padded": "needs --moe-dispatcher scalemoe",
+        "--num-experts 7": "--num-experts must be a multiple",
+    }
+    for flags, message in wrong.items():
+        command = [sys.executable, str(ROOT / "examples/common/arguments.py"), *TINY, "--expert-model-parallel-size", "2", *flags.split()]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode != 0
+        assert message in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_a_clear_error(tmp_path, name):
-    flags, message = BAD[name]
-    code, output = run(tmp_path, "--train-iters", "2", *flags)
+def test_what_only_the_ranks_find_is_a_clear_error_too(tmp_path):
+    code, output = run(tmp_path, "--train-iters", "2", "--load", "/nowhere/at/all")
     assert code != 0
-    assert message in output
-    assert (
-        "Traceback"
-        not in output.split("torch.distributed.elastic")[0].split('Traceback (most recent call last):\n  File "<frozen runpy>')[0]
-    )
+    assert "no checkpoint in /nowhere/at/all" in output
+    ours = output.split("torch.distributed.elastic")[0].split('Traceback (most recent call last):\n  File "<frozen runpy>')[0]
+    assert "Traceback" not in ours
 
 
 def test_ranks_with_different_flags_are_refused(tmp_path):

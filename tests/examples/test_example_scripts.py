@@ -57,56 +57,38 @@ def run(checkout: Path, script: str, *arguments: str, example: str = "gpt_moe", 
     return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=570)
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_needs_no_venv(checkout, example, script):
+def test_help_needs_no_venv(checkout):
     shutil.rmtree(checkout / ".venv")
-    result = run(checkout, script, "--help", example=example)
-    assert result.returncode == 0, result.stderr
-    assert f"bash examples/{example}/{script}.sh [flags of {EXAMPLES[example]} ...]" in result.stdout
-    assert "RANKS=N" in result.stdout
-    assert "set -euo" not in result.stdout
-    assert not (checkout / ".venv").exists()
+    for example, program in EXAMPLES.items():
+        assert {path.stem for path in (checkout / "examples" / example).glob("*.sh")} == {*SCRIPTS, "get_data"}
+        for script in SCRIPTS:
+            result = run(checkout, script, "--help", example=example)
+            assert result.returncode == 0, result.stderr
+            assert f"bash examples/{example}/{script}.sh [flags of {program} ...]" in result.stdout
+            assert "RANKS=N" in result.stdout and "set -euo" not in result.stdout
+    for argument, code in (("--help", 0), ("--no-such-flag", 2)):
+        result = run(checkout, "get_data", argument, example="bert_moe")
+        assert result.returncode == code
+        assert "[DATA=data/text] bash examples/bert_moe/get_data.sh [FILE OR FOLDER ...]" in result.stdout
+    assert not (checkout / ".venv").exists() and not (checkout / "data").exists()
 
 
-@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--no-such-flag", 2)])
-def test_help_of_get_data(checkout, argument, code):
-    result = run(checkout, "get_data", argument, example="bert_moe")
-    assert result.returncode == code
-    assert "[DATA=data/text] bash examples/bert_moe/get_data.sh [FILE OR FOLDER ...]" in result.stdout
-    assert not (checkout / "data").exists()
-
-
-def test_both_examples_have_the_same_scripts():
-    names = {example: sorted(path.name for path in (ROOT / "examples" / example).glob("*.sh")) for example in EXAMPLES}
-    assert names["gpt_moe"] == names["bert_moe"] == sorted(f"{script}.sh" for script in (*SCRIPTS, "get_data"))
-
-
-def test_the_shared_scripts_say_how_to_start_them(checkout):
-    result = subprocess.run(["bash", "examples/common/run_ga.sh"], cwd=checkout, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1
-    assert "start this as examples/gpt_moe/run_ga.sh or examples/bert_moe/run_ga.sh" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "settings", "said"),
-    [
+def test_mistakes_are_told_before_anything_starts(checkout):
+    mistakes = [
         ("run_baseline", [], {"RANKS": "3"}, "RANKS must be 2, 4, 8 or 16"),
         ("run_baseline", [], {"ITERS": "many"}, "ITERS must be a number of iterations"),
         ("run_baseline", [], {"DATA": "no/such"}, "DATA names no PREFIX.bin and PREFIX.idx"),
         ("run_kmeans", [], {"REPLICAS": "3", "RANKS": "2"}, "REPLICAS must be a multiple of the ranks"),
         ("run_ga", [], {"TOPOLOGY": "no/such.yaml"}, "TOPOLOGY names no file"),
         ("run_adaptive", ["--run-name", "mine"], {}, "--run-name is the stage's own"),
-        ("run_adaptive", ["--results-dir=x"], {}, "--results-dir=x is the stage's own"),
         ("run_adaptive", ["--train-iters", "7"], {}, "--train-iters: the iterations are ITERS"),
         ("run_ga", ["--load", "x"], {}, "a stage starts from prepare_checkpoint.sh's checkpoint"),
         ("run_all", ["--scalemoe-migrate"], {}, "--scalemoe-migrate would make the stages something else"),
-    ],
-)
-def test_mistakes_are_told_before_anything_starts(checkout, script, arguments, settings, said):
-    result = run(checkout, script, *arguments, **settings)
-    assert result.returncode == 1
-    assert f"error: {said}" in result.stderr
+    ]
+    for script, arguments, settings, said in mistakes:
+        result = run(checkout, script, *arguments, **settings)
+        assert result.returncode == 1
+        assert f"error: {said}" in result.stderr
     assert not (checkout / "logs").exists()
 
 
