@@ -14,20 +14,8 @@ from megatron_scalemoe.traffic.trace import load_trace
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = ("run_baseline", "run_adaptive", "run_kmeans", "run_ga", "run_all", "prepare_checkpoint")
 EXAMPLES = {"gpt_moe": "pretrain_gpt.py", "bert_moe": "pretrain_bert.py"}
-TINY = [
-    "--num-layers",
-    "1",
-    "--hidden-size",
-    "16",
-    "--ffn-hidden-size",
-    "16",
-    "--seq-length",
-    "16",
-    "--log-interval",
-    "2",
-    "--eval-iters",
-    "1",
-]
+SIZES = {"--num-layers": 1, "--hidden-size": 16, "--ffn-hidden-size": 16, "--seq-length": 16, "--log-interval": 2, "--eval-iters": 1}
+TINY = [str(word) for pair in SIZES.items() for word in pair]
 FAKE_PYTHON = """#!/bin/bash
 [[ "$1 $2" != "-m pip" ]] || exit 0
 exec {python} "$@"
