@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_scalemoe.plan.placement_plan import EMPTY, load_plan
+from megatron_scalemoe.plan.placement_plan import load_plan
 from megatron_scalemoe.report.collect import collect
 from megatron_scalemoe.topology.builders import build_topology
 from megatron_scalemoe.topology.graph import Override
@@ -41,14 +41,10 @@ def run(tmp_path):
     return tmp_path, collect(tmp_path)
 
 
-def test_every_json_example_is_recognised_and_none_is_damaged(run):
-    _, found = run
+def test_every_json_example_is_recognised_and_has_the_stable_keys(run):
+    directory, found = run
     assert (found.damaged, found.unrecognised) == ([], [])
     assert sorted(row.kind for row in found.files) == sorted(["plan", "timeline", *ROW_KEYS])
-
-
-def test_the_results_have_the_stable_keys_and_the_page_names_them_in_bold(run):
-    directory, found = run
     for kind, keys in ROW_KEYS.items():
         [result] = found.results[kind]
         content = json.loads((directory / result.name).read_text())
@@ -73,11 +69,6 @@ def test_the_plan_example_keeps_the_rules_that_the_page_states(run):
     del content["home"], content["provenance"]
     (directory / "short.json").write_text(json.dumps(content))
     assert load_plan(directory / "short.json").content_hash == digest
-    said = re.search(r"in layer 0, expert (\d) has its home on rank (\d), in slot (\d+), and a replica on rank (\d), in slot (\d+)", PAGE)
-    expert, home_rank, home, rank, slot = map(int, said.groups())
-    assert (plan.home[0, expert], plan.home_rank[0, expert]) == (home, home_rank)
-    assert (slots[0, slot], slot // 3) == (expert, rank)
-    assert EMPTY == -1
 
 
 def test_the_topology_examples_load_with_their_overrides(tmp_path):
