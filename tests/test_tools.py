@@ -43,7 +43,7 @@ def installs(checkout: Path) -> list[str]:
     return [line for line in (checkout / "pip.log").read_text().splitlines() if "install" in line]
 
 
-def test_an_unchanged_venv_is_reused_without_pip(checkout):
+def test_pip_is_asked_at_first_when_requirements_change_and_after_a_failure(checkout):
     first = ensure_venv(checkout)
     assert first.returncode == 0, first.stderr
     assert first.stdout == f"{checkout}/.venv/bin/python\n"
@@ -51,24 +51,15 @@ def test_an_unchanged_venv_is_reused_without_pip(checkout):
     assert installs(checkout)[0].endswith(f"-e {checkout}[train,report,dev]")
     assert ensure_venv(checkout).returncode == 0
     assert len(installs(checkout)) == 1
-
-
-def test_changed_requirements_are_installed(checkout):
-    ensure_venv(checkout)
     with open(checkout / "pyproject.toml", "a") as file:
         file.write("# changed\n")
-    assert ensure_venv(checkout).returncode == 0
-    assert len(installs(checkout)) == 2
-
-
-def test_a_failed_install_is_told_and_tried_again(checkout):
     (checkout / "pip.log.fail").touch()
     failed = ensure_venv(checkout)
     assert failed.returncode == 1
     assert "error: pip could not install the package" in failed.stderr
     (checkout / "pip.log.fail").unlink()
     assert ensure_venv(checkout).returncode == 0
-    assert len(installs(checkout)) == 2
+    assert len(installs(checkout)) == 3
 
 
 def test_an_unsuitable_python_is_named(checkout):
