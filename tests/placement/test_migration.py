@@ -180,10 +180,10 @@ def test_a_moved_expert_is_14_bytes_per_bf16_parameter():
 
 def test_rounds_are_timed_one_after_the_other_by_the_slowest_port():
     ports = two_level_ports(2, 2, scale_up_GBps=100.0, scale_out_GBps=10.0, latency_us=(1, 5))
-    old = PlacementPlan.contiguous(2, 4, 4)
-    home_rank = np.array([[1, 0, 2, 3], [2, 1, 0, 3]])  # layer 0: inside a node; layer 1: between the nodes
+    old = PlacementPlan.contiguous(3, 4, 4)
+    home_rank = np.array([[1, 0, 2, 3], [2, 1, 0, 3], [0, 3, 2, 1]])  # layer 0: inside a node; layers 1 and 2: between the nodes
     new = PlacementPlan.from_hosts(home_rank, home_rank[:, :, None] == np.arange(4), replica_slots_per_rank=0)
-    assert migration_us(moves(old, new), ports, 10**6) == pytest.approx((10 + 1) + (100 + 5))
+    assert migration_us(moves(old, new), ports, 10**6) == pytest.approx((10 + 1) + 2 * (100 + 5))
     assert migration_us(moves(old, old), ports, 10**6) == 0
 
 
