@@ -89,7 +89,7 @@ def test_import_contracts_can_fail(tmp_path):
     wrong = {
         "config.py": "import torch",
         "cli/main.py": "def f():\n    import megatron.core",
-        "ops/__init__.py": "import megatron_scalemoe.mcore",
+        "balance/__init__.py": "import megatron_scalemoe.mcore",
     }
     for module, line in wrong.items():
         with open(tmp_path / "megatron_scalemoe" / module, "a", encoding="utf-8") as file:
