@@ -1,9 +1,11 @@
 """What every sub-command shares: output flags and tables."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_scalemoe.errors import ScaleMoEError
@@ -62,3 +64,20 @@ def progress_bar(args: argparse.Namespace, total: int, unit: str):
     from tqdm import tqdm
 
     return tqdm(total=total, unit=unit, file=sys.stderr, leave=False, disable=True if args.quiet else None)
+
+
+@contextlib.contextmanager
+def naming_flags(**places: str) -> Iterator[None]:
+    """Errors about a field of what is made inside tell the flag that sets it. places: where it is not the flag of the field's name."""
+    try:
+        yield
+    except ScaleMoEError as error:
+        if not error.field or error.place:  # what comes from a file is named by its line
+            raise
+        name = str(error.field[0])
+        raise error.at(places.get(name, flag_of(name)), ()) from error
+
+
+def flag_of(name: str) -> str:
+    """`gpu_TFLOPs` -> `--gpu-tflops`."""
+    return f"--{name.replace('_', '-').lower()}"

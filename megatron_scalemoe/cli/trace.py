@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table, print_result
+from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table, naming_flags, print_result
 from megatron_scalemoe.errors import ScaleMoEError
 
 KINDS = ("zipf", "clustered", "bursty", "single_hot", "recorded")
@@ -109,17 +109,9 @@ def run_synth(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     names = ("ranks", "experts", "layers", "topk", "steps", "tokens_per_rank", "skew", "drift", "seed", "affinity", "source_affinity")
     values = {name: getattr(args, name) for name in (*names, "groups", "interval", "coactivation")}
-    try:
+    with naming_flags():
         trace = synthesize(args.kind, **values)
-    except ScaleMoEError as error:
-        raise ScaleMoEError(_name_flag(str(error), values)) from error
     return _write(args, trace, start)
-
-
-def _name_flag(message: str, values: dict) -> str:
-    """The flag in place of the parameter that a message begins with."""
-    name = message.split(maxsplit=1)[0].rstrip(":")
-    return f"--{name.replace('_', '-')}{message[len(name) :]}" if name in values else message
 
 
 def run_convert(args: argparse.Namespace) -> int:

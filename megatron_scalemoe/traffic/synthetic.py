@@ -68,11 +68,13 @@ def synthesize(
     """
     given = {name: value for name, value in locals().items() if name in _COMMON and value is not None}
     if kind not in DEFAULTS:
-        raise ScaleMoEError(f"kind must be one of {', '.join(DEFAULTS)}", found=repr(kind))
+        raise ScaleMoEError(f"must be one of {', '.join(DEFAULTS)}", found=repr(kind), field=("kind",))
     if kind == "recorded" and skew is not None:
-        raise ScaleMoEError("skew does not apply to the kind recorded: its layers have the skew of the recorded run", found=skew)
+        problem = "does not apply to the kind recorded: its layers have the skew of the recorded run"
+        raise ScaleMoEError(problem, found=skew, field=("skew",))
     if kind == "single_hot" and drift:
-        raise ScaleMoEError("drift does not apply to the kind single_hot: every token chooses the hot expert in every step", found=drift)
+        problem = "does not apply to the kind single_hot: every token chooses the hot expert in every step"
+        raise ScaleMoEError(problem, found=drift, field=("drift",))
     values = DEFAULTS[kind] | given
     if groups is None:
         groups = max(1, values["experts"] // EXPERTS_PER_GROUP) if values["affinity"] or values["source_affinity"] else 1
@@ -93,20 +95,20 @@ def synthesize(
 def _check(values: dict, groups: int, seed: int) -> None:
     for name in ("ranks", "experts", "layers", "topk", "steps", "tokens_per_rank", "interval"):
         if values[name] < 1:
-            raise ScaleMoEError(f"{name} must be 1 or more", found=values[name])
+            raise ScaleMoEError("must be 1 or more", found=values[name], field=(name,))
     if values["topk"] > values["experts"]:
-        raise ScaleMoEError("topk must be at most the number of experts", found=f"topk {values['topk']}, experts {values['experts']}")
+        raise ScaleMoEError("must be at most the number of experts", found=f"{values['topk']} of {values['experts']}", field=("topk",))
     if values["skew"] is not None and not 0 <= values["skew"] <= 5:
-        raise ScaleMoEError("skew must be from 0 (uniform) to 5", found=values["skew"])
+        raise ScaleMoEError("must be from 0 (uniform) to 5", found=values["skew"], field=("skew",))
     for name in ("drift", "affinity", "source_affinity"):
         if not 0 <= values[name] <= 1:
-            raise ScaleMoEError(f"{name} must be from 0 to 1", found=values[name])
+            raise ScaleMoEError("must be from 0 to 1", found=values[name], field=(name,))
     if not 1 <= groups <= values["experts"]:
-        raise ScaleMoEError(f"groups must be from 1 to the {values['experts']} experts", found=groups)
+        raise ScaleMoEError(f"must be from 1 to the {values['experts']} experts", found=groups, field=("groups",))
     if seed < 0:
-        raise ScaleMoEError("seed must be 0 or more", found=seed)
+        raise ScaleMoEError("must be 0 or more", found=seed, field=("seed",))
     if values["tokens_per_rank"] * values["ranks"] * values["topk"] > np.iinfo(np.int32).max:
-        raise ScaleMoEError("tokens_per_rank x ranks x topk must fit int32", found=values["tokens_per_rank"])
+        raise ScaleMoEError("times ranks and topk must fit int32", found=values["tokens_per_rank"], field=("tokens_per_rank",))
 
 
 def _popularity(kind: str, values: dict, rng: np.random.Generator) -> np.ndarray:

@@ -91,8 +91,8 @@ def drifting(base_LE: np.ndarray, steps: int, drift_L: np.ndarray, noise: float,
             return popularity
         size_L = np.minimum(size_L * drift_L / np.maximum(reached_L, np.finfo(float).tiny), 10.0)
     worst = int(np.argmin(reached_L / drift_L))
-    problem = f"drift: this popularity cannot change by a total variation of {drift_L[worst]:.3g} per step"
-    raise ScaleMoEError(problem, found=f"at most about {reached_L[worst]:.3g} (layer {worst})", try_="a smaller drift")
+    problem = f"this popularity cannot change by a total variation of {drift_L[worst]:.3g} per step"
+    raise ScaleMoEError(problem, found=f"at most about {reached_L[worst]:.3g} (layer {worst})", try_="a smaller drift", field=("drift",))
 
 
 def _moved(base_LE: np.ndarray, change_SLE: np.ndarray) -> np.ndarray:

@@ -161,7 +161,7 @@ def load_trace(path: Path) -> RoutingTrace:
     try:
         return RoutingTrace(arrays["counts"], arrays.get("coactivation"), _parse_meta(arrays.get("meta")))
     except ScaleMoEError as error:
-        raise ScaleMoEError(f"{path}: {error}") from error
+        raise error.at(str(path)) from error
 
 
 def _parse_meta(array: np.ndarray | None) -> dict:

@@ -56,12 +56,12 @@ def test_the_kinds_on_the_command_line_are_those_of_the_generator():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--source-affinity", 2], "--source-affinity must be from 0 to 1\n  found: 2.0\n"),
-        (["--topk", 99], "--topk must be at most the number of experts\n"),
+        (["--source-affinity", 2], "--source-affinity: must be from 0 to 1\n  found: 2.0\n"),
+        (["--topk", 99], "--topk: must be at most the number of experts\n"),
         (["--drift", 0.99], "--drift: this popularity cannot change by"),
-        (["--kind", "recorded", "--skew", 1], "--skew does not apply to the kind recorded"),
-        (["--ranks", 0], "--ranks must be 1 or more\n  found: 0\n"),
-        (["--tokens-per-rank", 0], "--tokens-per-rank must be 1 or more"),
+        (["--kind", "recorded", "--skew", 1], "--skew: does not apply to the kind recorded"),
+        (["--ranks", 0], "--ranks: must be 1 or more\n  found: 0\n"),
+        (["--tokens-per-rank", 0], "--tokens-per-rank: must be 1 or more"),
     ],
 )
 def test_a_wrong_value_is_a_user_error_that_names_the_flag(capsys, tmp_path, flags, message):

@@ -1,13 +1,12 @@
 """The flags that make a `CostModel`, shared by every command that prices a placement."""
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_scalemoe.cli.common import flag_of, naming_flags
 from megatron_scalemoe.cost.model import CostModel
-from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.typed import plain_kind
 
 _FROM_TRACE = ("hidden_size", "ffn_hidden_size")
@@ -19,9 +18,9 @@ def add_cost_flags(parser: argparse.ArgumentParser) -> None:
     for name, field in CostModel.model_fields.items():
         kind = plain_kind(field.annotation)
         default = f"the trace's, or {field.default}" if name in _FROM_TRACE else field.default
-        text = f"{' '.join(field.description.split())} ({_flag(name) if kind is bool else default})"
+        text = f"{' '.join(field.description.split())} ({flag_of(name) if kind is bool else default})"
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": "X" if kind is float else "N"}
-        group.add_argument(_flag(name), dest=name, help=text, **({"choices": kind} if isinstance(kind, tuple) else how))
+        group.add_argument(flag_of(name), dest=name, help=text, **({"choices": kind} if isinstance(kind, tuple) else how))
     group.add_argument(
         "--calibration",
         type=Path,
@@ -52,19 +51,3 @@ def cost_from_args(args: argparse.Namespace, meta: Mapping[str, object] | None =
         )
         print(f"scalemoe: calibration: one exchange takes {text}; links keep the topology's bandwidth", file=sys.stderr)
     return fit.apply(cost)
-
-
-@contextlib.contextmanager
-def naming_flags(**places: str) -> Iterator[None]:
-    """Errors about a field of what is made inside tell the flag that sets it. places: where it is not the flag of the field's name."""
-    try:
-        yield
-    except ScaleMoEError as error:
-        if not error.field:
-            raise
-        name = str(error.field[0])
-        raise error.at(places.get(name, _flag(name)), ()) from error
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-').lower()}"

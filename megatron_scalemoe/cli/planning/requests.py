@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args, naming_flags
+from megatron_scalemoe.cli.common import naming_flags
+from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.defaults import SOLVER, TIME_BUDGET_S
 

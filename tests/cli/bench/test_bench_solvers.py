@@ -39,7 +39,7 @@ def test_people_get_a_table_and_progress_on_stderr(capsys):
         (["--experts", "9"], "--experts must be a multiple of --ranks"),
         (["--time-budget", "nan"], "--time-budget must be a number"),
         (["--solvers", "magic"], "no such solver"),
-        (["--kind", "none"], "kind must be one of"),
+        (["--kind", "none"], "kind: must be one of"),
         (["--replicas", "99"], "replicas must be from 0"),
     ],
 )
