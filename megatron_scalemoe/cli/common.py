@@ -7,13 +7,43 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_writable, write_atomically
+from megatron_scalemoe.typed import Options, plain_kind
 from megatron_scalemoe.units import format_table as format_table
 
 OK = 0
 CHECK_FAILED = 3
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def add_option_flags(group: argparse._ActionsContainer, model: type[OptionsT], **defaults: object) -> None:
+    """A flag for each field of `model`: its name, kind, default (or that in `defaults`) and description. Read by `options_from_args`."""
+    for name, field in model.model_fields.items():
+        kind, default = plain_kind(field.annotation), defaults.get(name, field.default)
+        how: dict = {"type": kind, "metavar": "X" if kind is float else "N"}
+        if kind is bool:
+            how, default = {"action": argparse.BooleanOptionalAction}, flag_of(name if default else f"no_{name}")
+        elif isinstance(kind, tuple):
+            how = {"choices": kind}
+        elif kind is str:
+            how = {"metavar": "NAME"}
+        text = f"{' '.join(field.description.split())} ({default})"
+        group.add_argument(flag_of(name), dest=name, default=defaults.get(name), help=text, **how)
+
+
+def given_options(args: argparse.Namespace, model: type[OptionsT]) -> dict:
+    """The fields of `model` that are given as flags."""
+    return {name: value for name in model.model_fields if (value := getattr(args, name)) is not None}
+
+
+def options_from_args(args: argparse.Namespace, model: type[OptionsT]) -> OptionsT:
+    """Raises `ScaleMoEError` that names the flag of a bad value."""
+    with naming_flags():
+        return model(**given_options(args, model))
 
 
 def add_output_flags(parser: argparse.ArgumentParser, output_help: str = "also write the result, as JSON, to FILE") -> None:

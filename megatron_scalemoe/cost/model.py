@@ -13,10 +13,10 @@ class CostModel(Options):
     """One MoE layer in training. All times are of one micro-batch, forward and backward. Raises `ScaleMoEError` on a value out of range."""
 
     hidden_size: int = Field(default=4096, ge=1)
-    """numbers in a token's row"""
+    """numbers in a token's row; not given: the trace's, if it has it"""
 
     ffn_hidden_size: int = Field(default=1536, ge=1)
-    """inner width of one expert"""
+    """inner width of one expert; not given: the trace's, if it has it"""
 
     gated: bool = True
     """experts of three matrices, SwiGLU, or of two"""

@@ -2,8 +2,34 @@
 
 import argparse
 import json
+from typing import Literal
 
-from megatron_scalemoe.cli.common import add_output_flags, emit, format_table
+import pytest
+from pydantic import Field
+
+from megatron_scalemoe.cli.common import add_option_flags, add_output_flags, emit, format_table, options_from_args
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.typed import Options
+
+
+class Example(Options):
+    gpu_TFLOPs: float = Field(default=2.0, gt=0)
+    """speed"""
+
+    exchange: Literal["flat", "1dh"] = "flat"
+    """how"""
+
+    gated: bool = True
+    """or not"""
+
+    ranks: int = Field(default=8, ge=1)
+    """how many"""
+
+
+def options(*arguments: str) -> Example:
+    parser = argparse.ArgumentParser()
+    add_option_flags(parser, Example, ranks=64)
+    return options_from_args(parser.parse_args(arguments), Example)
 
 
 def output_args(*arguments: str) -> argparse.Namespace:
@@ -36,3 +62,16 @@ def test_emit_prints_the_table_and_writes_the_json(tmp_path, capsys):
 def test_emit_json(capsys):
     emit(output_args("--json"), {"x": 1}, "the table")
     assert json.loads(capsys.readouterr().out) == {"x": 1}
+
+
+def test_each_option_has_a_flag_whose_default_may_be_the_commands_own():
+    assert options() == Example(ranks=64)
+    given = options("--gpu-tflops", "3", "--exchange", "1dh", "--no-gated", "--ranks", "1")
+    assert given == Example(gpu_TFLOPs=3.0, exchange="1dh", gated=False, ranks=1)
+
+
+def test_a_bad_option_is_named_by_its_flag():
+    with pytest.raises(ScaleMoEError, match=r"^--gpu-tflops: must be above 0"):
+        options("--gpu-tflops", "0")
+    with pytest.raises(SystemExit, match="2"):
+        options("--exchange", "3dh")

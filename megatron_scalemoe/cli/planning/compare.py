@@ -95,7 +95,7 @@ def format_result(result: dict) -> str:
             f"{row['max_over_mean_mean']:.3f}",
             f"{row['max_over_mean_p95']:.3f}",
             format_bytes(row["bytes_scale_out"]),
-            f"{row['gap']:.1%}",
+            "" if row["gap"] is None else f"{row['gap']:.1%}",
             f"{row['seconds']:.2f}",
         ]
         for row in rows
@@ -105,8 +105,9 @@ def format_result(result: dict) -> str:
     if baseline["warm_up_steps"]:
         note += f" The first {baseline['warm_up_steps']} recorded steps, before the first plan, are left out."
     times = f"Times are of one micro-batch through all MoE layers, mean of {baseline['steps']} recorded steps"
-    gap = "the gap is from a lower bound, for as many slots, to the cost of the mean traffic"
-    return f"{format_table(headers, cells)}\n\n{note}\n{times}; {gap}."
+    if any(row["gap"] is not None for row in rows):
+        times += "; the gap is from a lower bound, for as many slots, to the cost of the mean traffic"
+    return f"{format_table(headers, cells)}\n\n{note}\n{times}."
 
 
 def _speed(row: dict, baseline: dict) -> float:

@@ -5,9 +5,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_scalemoe.cli.common import flag_of, naming_flags
+from megatron_scalemoe.cli.common import add_option_flags, given_options, naming_flags
 from megatron_scalemoe.cost.model import CostModel
-from megatron_scalemoe.typed import plain_kind
 
 _FROM_TRACE = ("hidden_size", "ffn_hidden_size")
 
@@ -15,12 +14,7 @@ _FROM_TRACE = ("hidden_size", "ffn_hidden_size")
 def add_cost_flags(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for each field of `CostModel`. What is not given comes from the trace, else is `CostModel`'s default."""
     group = parser.add_argument_group("cost model", "one MoE layer, one micro-batch, forward and backward")
-    for name, field in CostModel.model_fields.items():
-        kind = plain_kind(field.annotation)
-        default = f"the trace's, or {field.default}" if name in _FROM_TRACE else field.default
-        text = f"{' '.join(field.description.split())} ({flag_of(name) if kind is bool else default})"
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": "X" if kind is float else "N"}
-        group.add_argument(flag_of(name), dest=name, help=text, **({"choices": kind} if isinstance(kind, tuple) else how))
+    add_option_flags(group, CostModel)
     group.add_argument(
         "--calibration",
         type=Path,
@@ -35,7 +29,7 @@ def cost_from_args(args: argparse.Namespace, meta: Mapping[str, object] | None =
 
     args: of a parser with `add_cost_flags` and `common.add_output_flags`.
     """
-    given = {name: value for name in CostModel.model_fields if (value := getattr(args, name)) is not None}
+    given = given_options(args, CostModel)
     recorded = {name: meta[name] for name in _FROM_TRACE if meta and name in meta and name not in given}
     with naming_flags(**{name: f"the trace's meta: {name}" for name in recorded}):
         cost = CostModel(**recorded, **given)

@@ -34,10 +34,10 @@ def test_people_get_a_table_and_progress_on_stderr(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--seeds", "0"], "--seeds must be 1 or more"),
-        (["--ranks", "5"], "--ranks must be a multiple of --nodes"),
-        (["--experts", "9"], "--experts must be a multiple of --ranks"),
-        (["--time-budget", "nan"], "--time-budget must be a number"),
+        (["--seeds", "0"], "--seeds: must be 1 or more"),
+        (["--ranks", "5"], "--ranks: must be a multiple of --nodes"),
+        (["--experts", "9"], "--experts: must be a multiple of --ranks"),
+        (["--time-budget", "nan"], "--time-budget: must be"),
         (["--solvers", "magic"], "no such solver"),
         (["--kind", "none"], "kind: must be one of"),
         (["--replicas", "99"], "replicas must be from 0"),

@@ -30,11 +30,11 @@ def test_the_table_names_both(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--iters", "0"], "--iters must be 1 or more"),
-        (["--nodes", "3"], "--ranks must be a multiple of --nodes"),
-        (["--experts", "12"], "multiple of the ranks"),
-        (["--replicas", "-1"], "replicas must be from 0"),
-        (["--skew", "-1"], "skew"),
+        (["--iters", "0"], "--iters: must be 1 or more"),
+        (["--nodes", "3"], "--ranks: must be a multiple of --nodes"),
+        (["--experts", "12"], "--experts: must be a multiple of --ranks"),
+        (["--replicas", "-1"], "--replicas: must be 0 or more"),
+        (["--skew", "-1"], "--skew: must be"),
     ],
 )
 def test_impossible_numbers_are_user_errors(flags, message, capsys):
