@@ -47,16 +47,7 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["nonsense"],
-        ["bench"],
-        ["bench", "nonsense"],
-        ["doctor", "--nonsense"],
-        ["bench", "dispatch", "--tok", "1"],
-        ["doctor", "--jso"],
-    ],
+    "arguments", ["", "nonsense", "bench", "bench nonsense", "doctor --nonsense", "bench dispatch --tok 1", "doctor --jso"]
 )
 def test_wrong_usage_exits_2(arguments, capsys):
     assert exit_of(arguments.split()) == 2
