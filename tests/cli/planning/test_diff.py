@@ -49,7 +49,10 @@ def test_moves_are_counted_by_layer_and_in_all(run_json):
     assert layers[2]["replicas_added"] in (1, 2)
     assert total["homes_moved"] == layers[1]["homes_moved"] + layers[2]["homes_moved"]
     assert total["bytes"] == total["homes_moved"] * 14 * 3 * 64 * 32
+    assert total["rounds"] == layers[1]["rounds"] + layers[2]["rounds"] > 0
     assert "migration_us" not in total
+    back = run_json("diff", "new.json", "old.json")["total"]
+    assert (back["replicas_removed"], back["replicas_added"]) == (total["replicas_added"], 0)
 
 
 def test_the_trace_adds_balance_and_the_topology_time(run_json):
