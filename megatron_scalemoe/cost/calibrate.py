@@ -34,6 +34,18 @@ class _Bench(Facts):
     rows: list[_Row]
 
 
+class _Row(Facts):
+    dispatcher: str
+    transport: str | None = None
+    ranks: int = Field(ge=1)
+    bytes_out: Number = Field(ge=0)
+    median_ms: Number = Field(gt=0)
+
+
+class _Bench(Facts):
+    rows: list[_Row]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExchangeFit:
     """time = overhead_us + bytes of one rank / bandwidth_GBps, of one exchange. `inf` GB/s when the times do not grow with the bytes.
@@ -70,14 +82,11 @@ def fit_bench(paths: Sequence[Path], *, dispatcher: str = "scalemoe") -> Exchang
 
     Raises `ScaleMoEError` naming file and field, or that there are too few sizes.
     """
-    bytes_per_rank, time_us = [], []
-    for path in paths:
-        for row in read_document(path).parse(_Bench).rows:
-            if row.dispatcher == dispatcher and row.transport not in NOT_ON_THE_WIRE:
-                bytes_per_rank.append(row.bytes_out / row.ranks / EXCHANGES_PER_MEASUREMENT)
-                time_us.append(row.median_ms * 1e3 / EXCHANGES_PER_MEASUREMENT)
-    if len(set(bytes_per_rank)) < 2:
+    rows = [row for path in paths for row in read_document(path).parse(_Bench).rows]
+    rows = [row for row in rows if row.dispatcher == dispatcher and row.transport not in NOT_ON_THE_WIRE]
+    bytes_per_rank = np.array([row.bytes_out / row.ranks / EXCHANGES_PER_MEASUREMENT for row in rows])
+    if np.unique(bytes_per_rank).size < 2:
         problem = f"calibration needs bench results of the {dispatcher} dispatcher with two or more sizes"
-        found = f"{len(set(bytes_per_rank))} in {', '.join(map(str, paths))}"
+        found = f"{np.unique(bytes_per_rank).size} in {', '.join(map(str, paths))}"
         raise ScaleMoEError(problem, found=found, try_="scalemoe bench dispatch with other --tokens, each written with -o")
-    return fit_exchange(np.array(bytes_per_rank), np.array(time_us))
+    return fit_exchange(bytes_per_rank, np.array([row.median_ms * 1e3 / EXCHANGES_PER_MEASUREMENT for row in rows]))
