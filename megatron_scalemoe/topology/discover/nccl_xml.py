@@ -47,29 +47,29 @@ def read_nccl_xml(path: Path) -> NodeLayout:
     root = read_xml(path, "system")
     gpus = _ordered_gpus(root)
     parts, notes = Parts(), []
-    machines = len({cpu.attributes.get("host_hash") for cpu in root.all("cpu")})
+    machines = len({cpu.get("host_hash") for cpu in root.iterchildren("cpu")})
     if machines > 1:
         notes.append(f"the file holds {machines} machines of one NVLink domain: taken as one node")
     names = {gpu: parts.vertex(f"node0/gpu{rank}", "gpu", 0) for rank, gpu in enumerate(gpus)}
     tree = _PcieTree(parts, names, notes)
-    cpus = root.all("cpu")
+    cpus = root.findall("cpu")
     for cpu in cpus:
         tree.add_cpu(cpu)
     for one, other in itertools.combinations(cpus, 2):
-        if one.attributes.get("host_hash") == other.attributes.get("host_hash"):
+        if one.get("host_hash") == other.get("host_hash"):
             parts.cable(tree.name_of[one], tree.name_of[other], min(map(_socket_GBps, (one, other))), INNER_HOP_US)
     _add_nvlinks(parts, gpus, names)
     return layout_of_parts(path, parts, tree.nic_GBps, notes)
 
 
 def _ordered_gpus(root: Element) -> list[Element]:
-    gpus = [gpu for cpu in root.all("cpu") for gpu in cpu.walk("gpu")]
+    gpus = [gpu for cpu in root.iterchildren("cpu") for gpu in cpu.iter("gpu")]
     if not gpus:
         raise root.error("expected <gpu> elements in <cpu> and <pci>", try_="the file that NCCL_TOPO_DUMP_FILE names, after a job on GPUs")
     for gpu in gpus:
-        if gpu.parent.tag != "pci":
-            raise gpu.error("must stand in a <pci>", found=f"in <{gpu.parent.tag}>")
-    if all("rank" in gpu.attributes for gpu in gpus):
+        if gpu.getparent().tag != "pci":
+            raise gpu.error("must stand in a <pci>", found=f"in <{gpu.getparent().tag}>")
+    if all("rank" in gpu.attrib for gpu in gpus):
         return sorted(gpus, key=lambda gpu: gpu.integer("rank"))
     host = {gpu: number for number, cpu in enumerate(_by_host(root)) for gpu in cpu}
     return sorted(gpus, key=lambda gpu: (host[gpu], gpu.integer("dev")))
@@ -78,8 +78,8 @@ def _ordered_gpus(root: Element) -> list[Element]:
 def _by_host(root: Element) -> list[list[Element]]:
     """The GPUs of each machine; machines in the file's order."""
     hosts: dict[str | None, list[Element]] = {}
-    for cpu in root.all("cpu"):
-        hosts.setdefault(cpu.attributes.get("host_hash"), []).extend(cpu.walk("gpu"))
+    for cpu in root.iterchildren("cpu"):
+        hosts.setdefault(cpu.get("host_hash"), []).extend(cpu.iter("gpu"))
     return list(hosts.values())
 
 
@@ -94,27 +94,27 @@ class _PcieTree:
 
     def add_cpu(self, cpu: Element) -> None:
         name = self.name_of[cpu] = self._new("cpu", "node")
-        for child in cpu.all("pci", "nic"):
+        for child in cpu.iterchildren("pci", "nic"):
             if child.tag == "nic":
                 self._add_nic(child, name, math.inf)
             else:
                 self._add_pci(child, name)
-        for gpu in cpu.walk("gpu"):
+        for gpu in cpu.iter("gpu"):
             # Grace: the GPU's own link to the processor, and the way to its NICs. `bw` in MB/s per link.
-            bandwidth = sum(c2c.integer("bw") * c2c.integer("count", 1) for c2c in gpu.all("c2c")) / 1e3
+            bandwidth = sum(c2c.integer("bw") * c2c.integer("count", 1) for c2c in gpu.iterchildren("c2c")) / 1e3
             if bandwidth:
                 self._add_c2c(self.gpu_names[gpu], name, bandwidth)
 
     def _add_pci(self, pci: Element, parent: str) -> None:
         bandwidth = _pcie_GBps(pci)
-        for gpu in pci.all("gpu"):
+        for gpu in pci.iterchildren("gpu"):
             self.parts.cable(self.gpu_names[gpu], parent, bandwidth, GPU_HOP_US)
-        for nic in pci.all("nic"):
+        for nic in pci.iterchildren("nic"):
             self._add_nic(nic, parent, bandwidth)
-        below = [child for child in pci.all("pci") if any(True for tag in ("gpu", "net") for _ in child.walk(tag))]
+        below = [child for child in pci.iterchildren("pci") if next(child.iter("gpu", "net"), None) is not None]
         if below:
             name = self._new("pcie", "switch")
-            holds_device = any(child.all("gpu", "nic") for child in below)
+            holds_device = any(child.find("gpu") is not None or child.find("nic") is not None for child in below)
             self.parts.cable(name, parent, bandwidth, LEAVE_SWITCH_US if holds_device else INNER_HOP_US)
             for child in below:
                 self._add_pci(child, name)
@@ -122,11 +122,11 @@ class _PcieTree:
     def _add_nic(self, nic: Element, parent: str, pcie_GBps: float) -> None:
         """One vertex for all ports (`net`) of a NIC."""
         mbps = 0
-        for net in nic.all("net"):
+        for net in nic.iterchildren("net"):
             speed = net.integer("speed", 0)
             if speed <= 0:
                 speed = _UNKNOWN_NET_MBPS
-                self.notes.append(f"line {net.line}: the speed of {net.attributes.get('name', 'a net')} is not known: taken 10 Gb/s")
+                self.notes.append(f"line {net.sourceline}: the speed of {net.get('name', 'a net')} is not known: taken 10 Gb/s")
             mbps += speed
         if mbps:
             name = self._new("nic", "nic")
@@ -145,14 +145,14 @@ class _PcieTree:
 
 def _add_nvlinks(parts: Parts, gpus: list[Element], names: dict[Element, str]) -> None:
     """NVSwitches become one vertex: their planes never block each other. Links between two GPUs are given at both, and counted once."""
-    at_bus = {(_host(gpu), gpu.parent.text("busid").lower()): names[gpu] for gpu in gpus}
+    at_bus = {(_host(gpu), gpu.getparent().required("busid").lower()): names[gpu] for gpu in gpus}
     to_switch: dict[str, float] = {}
     direct: dict[tuple[str, str], float] = {}
     for gpu in gpus:
         name = names[gpu]
-        for link in gpu.all("nvlink"):
+        for link in gpu.iterchildren("nvlink"):
             bandwidth = link.integer("count") * _nvlink_GBps(gpu)
-            tclass, target = link.text("tclass"), link.text("target").lower()
+            tclass, target = link.required("tclass"), link.required("target").lower()
             if bandwidth <= 0:
                 raise link.error("attribute 'count' must be 1 or more", found=link.integer("count"))
             if tclass == _NVSWITCH_CLASS:
@@ -177,9 +177,9 @@ def _add_nvlinks(parts: Parts, gpus: list[Element], names: dict[Element, str]) -
 
 
 def _host(element: Element) -> str | None:
-    while element.parent.tag != "system":
-        element = element.parent
-    return element.attributes.get("host_hash")
+    while element.getparent().tag != "system":
+        element = element.getparent()
+    return element.get("host_hash")
 
 
 def _pcie_GBps(pci: Element) -> float:
@@ -187,7 +187,7 @@ def _pcie_GBps(pci: Element) -> float:
     width = pci.integer("link_width", 0) or _UNKNOWN_WIDTH
     if not 1 <= width <= 32:
         raise pci.error("attribute 'link_width' must be 1 to 32", found=width)
-    match = re.match(r"([0-9]{1,3}(?:\.[0-9]{1,3})?) GT/s", pci.attributes.get("link_speed", ""))
+    match = re.match(r"([0-9]{1,3}(?:\.[0-9]{1,3})?) GT/s", pci.get("link_speed", ""))
     per_lane = float(match.group(1)) / 8 if match else 0.0
     return width * (per_lane or PCIE3_GBps / 16)
 
@@ -201,7 +201,7 @@ def _nvlink_GBps(gpu: Element) -> float:
 
 
 def _socket_GBps(cpu: Element) -> float:
-    vendor = cpu.attributes.get("vendor")
+    vendor = cpu.get("vendor")
     if vendor == "GenuineIntel":
         model = cpu.integer("modelid", 0)
         return next((figure for lowest, figure in _INTEL_SOCKET_GBps.items() if model >= lowest), SOCKET_GBps)

@@ -1,57 +1,34 @@
-"""A small XML tree that remembers lines: ElementTree forgets them, and an error must name one."""
+"""XML elements whose errors name file and line."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from xml.parsers import expat
+
+from lxml import etree
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import read_bytes
 from megatron_scalemoe.topology.discover.layout import error_at
 
-# NCCL's own limit is 256 elements per machine; deep trees would only exhaust the stack.
-MAX_DEPTH = 50
 
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Element:
-    """One element. `parent` is None for the root."""
-
-    path: Path
-    line: int
-    tag: str
-    attributes: dict[str, str]
-    parent: Element | None
-    children: list[Element]
-
-    def all(self, *tags: str) -> list[Element]:
-        """Its children with one of these tags."""
-        return [child for child in self.children if child.tag in tags]
-
-    def walk(self, tag: str) -> Iterator[Element]:
-        """Elements with this tag below it, in the file's order."""
-        for child in self.children:
-            if child.tag == tag:
-                yield child
-            yield from child.walk(tag)
+class Element(etree.ElementBase):
+    """An element of a file that `read_xml` read."""
 
     def error(self, problem: str, *, found: object = None, try_: str | None = None) -> ScaleMoEError:
         """The error to raise about this element: names file and line."""
-        return error_at(self.path, self.line, f"<{self.tag}>: {problem}", found=found, try_=try_)
+        return error_at(Path(self.base), self.sourceline, f"<{self.tag}>: {problem}", found=found, try_=try_)
 
-    def text(self, name: str) -> str:
-        """A required attribute."""
-        if name not in self.attributes:
+    def required(self, name: str) -> str:
+        """An attribute that must be there."""
+        if name not in self.attrib:
             raise self.error(f"attribute {name!r} is missing")
-        return self.attributes[name]
+        return self.get(name)
 
     def integer(self, name: str, default: int | None = None) -> int:
         """An attribute, decimal or 0x..; required when there is no default."""
-        if default is not None and name not in self.attributes:
+        if default is not None and name not in self.attrib:
             return default
-        value = self.text(name)
+        value = self.required(name)
         try:
             number = int(value, 0)
         except ValueError:
@@ -63,31 +40,17 @@ class Element:
 
 def read_xml(path: Path, root_tag: str) -> Element:
     """The root of the file. Raises `ScaleMoEError` naming file and line when it is no XML with that root."""
+    # libxml2 itself refuses elements nested more than 256 deep, and entities that unfold to much more than the file.
+    parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False)
+    parser.set_element_class_lookup(etree.ElementDefaultClassLookup(element=Element))
     content = read_bytes(path)
-    parser = expat.ParserCreate()
-    roots: list[Element] = []
-    stack: list[Element] = []
-
-    def start(tag: str, attributes: dict[str, str]) -> None:
-        if len(stack) >= MAX_DEPTH:
-            raise error_at(path, parser.CurrentLineNumber, f"elements are nested deeper than {MAX_DEPTH}")
-        element = Element(path, parser.CurrentLineNumber, tag, attributes, stack[-1] if stack else None, [])
-        (stack[-1].children if stack else roots).append(element)
-        stack.append(element)
-
-    def doctype(*_: object) -> None:
-        # A document type can define entities that unfold to gigabytes; NCCL writes none.
-        raise error_at(path, parser.CurrentLineNumber, "expected no document type (<!DOCTYPE>)")
-
-    parser.StartElementHandler = start
-    parser.EndElementHandler = lambda tag: stack.pop()
-    parser.StartDoctypeDeclHandler = doctype
     try:
-        parser.Parse(content, True)
-    except expat.ExpatError as error:
-        raise error_at(path, error.lineno, "not valid XML", found=expat.ErrorString(error.code)) from error
-    except (ValueError, LookupError) as error:  # an encoding that Python does not know
-        raise ScaleMoEError(f"{path}: not valid XML", found=error) from error
-    if roots[0].tag != root_tag:
-        raise roots[0].error(f"expected <{root_tag}>", try_="the file that NCCL_TOPO_DUMP_FILE names")
-    return roots[0]
+        root = etree.fromstring(content, parser, base_url=str(path))
+    except etree.XMLSyntaxError as error:
+        raise error_at(path, error.lineno or 1, "not valid XML", found=error.msg) from error
+    if root.getroottree().docinfo.doctype:
+        # A document type can define entities; NCCL writes none.
+        raise error_at(path, 1, "expected no document type (<!DOCTYPE>)")
+    if root.tag != root_tag:
+        raise root.error(f"expected <{root_tag}>", try_="the file that NCCL_TOPO_DUMP_FILE names")
+    return root

@@ -130,7 +130,7 @@ def test_gpus_come_in_order_of_device_otherwise(tmp_path):
         (system("<gpu dev='0' sm='80'><nvlink target='a' count='1' tclass='0x0302'/></gpu>"), "busid of another GPU"),
         (system("<gpu dev='0' sm='80'><nvlink target='a' count='1' tclass='0x01'/></gpu>"), "'tclass' must be"),
         (system("<gpu dev='0' sm='80'/>").replace('link_width="16"', 'link_width="99"'), "'link_width' must be 1 to 32"),
-        ("<a>" * 60, "nested deeper"),
+        ("<a>" * 300 + "</a>" * 300, "not valid XML"),
     ],
 )
 def test_damage_is_told_by_line(tmp_path, text, message):
@@ -143,3 +143,14 @@ def test_damage_is_told_by_line(tmp_path, text, message):
 def test_the_line_is_the_elements(tmp_path):
     with pytest.raises(ScaleMoEError, match=r"topo.xml:2: <gpu>: attribute 'dev' is missing"):
         read(tmp_path, system("<gpu sm='80'/>"))
+
+
+def test_entities_neither_unfold_nor_read_other_files(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("7")
+    external = f'<!DOCTYPE system [<!ENTITY x SYSTEM "file://{secret}">]><system>&x;</system>'
+    levels = "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 10))
+    bomb = f'<!DOCTYPE system [<!ENTITY a0 "aaaaaaaaaa">{levels}]><system x="&a9;">&a9;</system>'
+    for text in (external, bomb, bomb.replace("&a9;<", "<"), '<!DOCTYPE system SYSTEM "http://127.0.0.1:9/x.dtd"><system/>'):
+        with pytest.raises(ScaleMoEError, match=r"topo.xml:1: (expected no document type|not valid XML)"):
+            read(tmp_path, text)
