@@ -7,9 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_scalemoe.errors import ScaleMoEError
-
-# A GB/s is 10^9 bytes a second.
-_BYTES_PER_US_PER_GBps = 1e3
+from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 
 class AlphaBeta(NamedTuple):
@@ -20,10 +18,6 @@ class AlphaBeta(NamedTuple):
     bandwidth_GBps: float
     residuals: tuple[float, ...]
     r2: float
-
-    def time_us(self, num_bytes: float) -> float:
-        """What the fit says of a message."""
-        return self.alpha_us + num_bytes / (self.bandwidth_GBps * _BYTES_PER_US_PER_GBps)
 
 
 def fit_alpha_beta(num_bytes: np.ndarray, time_us: np.ndarray) -> AlphaBeta:
@@ -52,4 +46,4 @@ def fit_alpha_beta(num_bytes: np.ndarray, time_us: np.ndarray) -> AlphaBeta:
     weights = time_us**-2
     spread = (weights * (time_us - np.average(time_us, weights=weights)) ** 2).sum()
     r2 = 1.0 - float((residuals**2).sum() / spread) if spread else 1.0
-    return AlphaBeta(float(alpha_us), float(1 / (us_per_byte * _BYTES_PER_US_PER_GBps)), tuple(residuals.tolist()), r2)
+    return AlphaBeta(float(alpha_us), float(1 / (us_per_byte * BYTES_PER_US_PER_GBps)), tuple(residuals.tolist()), r2)

@@ -46,15 +46,7 @@ class Override(NamedTuple):
     bandwidth_GBps: float | None = None
 
 
-class TopologyError(ScaleMoEError):
-    """`field`: path to what is wrong, such as `("links", 3, "latency_us")`, so that a file's reader can name the line."""
-
-    def __init__(self, field: tuple, problem: str, *, found: object = None, try_: str | None = None):
-        super().__init__(": ".join(["topology", *([".".join(map(str, field))] if field else []), problem]), found=found, try_=try_)
-        self.field, self.problem, self.found, self.try_ = field, problem, found, try_
-
-
-class UnreachableError(TopologyError):
+class UnreachableError(ScaleMoEError):
     """Each vertex and link is fine, but some GPU cannot reach another."""
 
 
@@ -74,7 +66,7 @@ class Topology:
 
     @classmethod
     def build(cls, name: str, vertices: Iterable[Vertex | tuple], links: Iterable[Link | tuple]) -> Topology:
-        """From plain lists. Raises `TopologyError` unless every GPU can reach every other over valid links."""
+        """From plain lists. Raises `ScaleMoEError` unless every GPU can reach every other over valid links."""
         graph = nx.DiGraph()
         for index, vertex in enumerate(vertices):
             _add_vertex(graph, index, Vertex(*vertex))
@@ -85,7 +77,7 @@ class Topology:
         pair = _unreachable_pair(topology)
         if pair:
             problem, try_ = "{} cannot reach {}".format(*pair), "links through switches: a GPU forwards only when linked to GPUs alone"
-            raise UnreachableError(("links",), problem, try_=try_)
+            raise UnreachableError(problem, field=("links",), try_=try_)
         return topology
 
     @functools.cached_property
@@ -170,7 +162,7 @@ class Topology:
             found = []
         if not found:
             try_ = f"node0..node{self.num_nodes - 1} (links that leave the node), a vertex such as {self.ranks[0]}, or a link 'a->b'"
-            raise TopologyError(("target",), "no link matches", found=repr(target), try_=try_)
+            raise ScaleMoEError("no link matches", field=("target",), found=repr(target), try_=try_)
         return found
 
     def subset(self, num_ranks: int) -> Topology:
@@ -192,43 +184,43 @@ class Topology:
 def _add_vertex(graph: nx.DiGraph, index: int, vertex: Vertex) -> None:
     name, kind, node = vertex
     if not isinstance(name, str) or not name or name != name.strip() or "->" in name or not name.isprintable():
-        raise TopologyError(("vertices", index, "name"), "must be a printable name without '->'", found=repr(name))
+        raise ScaleMoEError("must be a printable name without '->'", field=("vertices", index, "name"), found=repr(name))
     if name in graph:
-        raise TopologyError(("vertices", index, "name"), "must differ from the other vertices' names", found=repr(name))
+        raise ScaleMoEError("must differ from the other vertices' names", field=("vertices", index, "name"), found=repr(name))
     if kind not in KINDS:
-        raise TopologyError(("vertices", index, "kind"), f"must be one of {', '.join(KINDS)}", found=repr(kind))
+        raise ScaleMoEError(f"must be one of {', '.join(KINDS)}", field=("vertices", index, "kind"), found=repr(kind))
     if not (node is None and kind != "gpu") and not (type(node) is int and node >= 0):
         problem = "must be the number of its node, 0 or more" + ("" if kind == "gpu" else "; or left out: a part of the fabric")
-        raise TopologyError(("vertices", index, "node"), problem, found=repr(node))
+        raise ScaleMoEError(problem, field=("vertices", index, "node"), found=repr(node))
     graph.add_node(name, kind=kind, node=node)
 
 
 def _add_link(graph: nx.DiGraph, index: int, link: Link) -> None:
     for side in ("source", "target"):
         if getattr(link, side) not in graph:
-            raise TopologyError(("links", index, side), "must be the name of a vertex", found=repr(getattr(link, side)))
+            raise ScaleMoEError("must be the name of a vertex", field=("links", index, side), found=repr(getattr(link, side)))
     if link.source == link.target:
-        raise TopologyError(("links", index, "target"), "must differ from the source", found=repr(link.target))
+        raise ScaleMoEError("must differ from the source", field=("links", index, "target"), found=repr(link.target))
     if graph.has_edge(link.source, link.target):
         problem, try_ = "this link was already given", "one link with the sum of the bandwidths"
-        raise TopologyError(("links", index, "target"), problem, found=f"{link.source} -> {link.target}", try_=try_)
+        raise ScaleMoEError(problem, field=("links", index, "target"), found=f"{link.source} -> {link.target}", try_=try_)
     if not (math.isfinite(link.bandwidth_GBps) and link.bandwidth_GBps > 0):
-        raise TopologyError(("links", index, "bandwidth_GBps"), "must be finite and above 0", found=link.bandwidth_GBps)
+        raise ScaleMoEError("must be finite and above 0", field=("links", index, "bandwidth_GBps"), found=link.bandwidth_GBps)
     if not (math.isfinite(link.latency_us) and link.latency_us >= 0):
-        raise TopologyError(("links", index, "latency_us"), "must be finite and 0 or more", found=link.latency_us)
+        raise ScaleMoEError("must be finite and 0 or more", field=("links", index, "latency_us"), found=link.latency_us)
     graph.add_edge(link.source, link.target, bandwidth_GBps=float(link.bandwidth_GBps), latency_us=float(link.latency_us))
 
 
 def _check_nodes(topology: Topology) -> None:
     if not topology.ranks:
-        raise TopologyError(("vertices",), "a topology needs a vertex of kind gpu")
+        raise ScaleMoEError("a topology needs a vertex of kind gpu", field=("vertices",))
     # So that the first ranks of a cluster are a cluster too, and arrays per node have no holes.
     expected = 0
     for index, vertex in enumerate(topology.vertices):
         if vertex.kind == "gpu":
             if vertex.node > expected:
                 problem = f"the GPUs' nodes must count up from 0 in rank order: here {expected} or less"
-                raise TopologyError(("vertices", index, "node"), problem, found=vertex.node)
+                raise ScaleMoEError(problem, field=("vertices", index, "node"), found=vertex.node)
             expected = max(expected, vertex.node + 1)
 
 
@@ -257,7 +249,7 @@ def _unreachable_pair(topology: Topology) -> tuple[str, str] | None:
 
 def _check_override(override: Override) -> None:
     if (override.scale is None) == (override.bandwidth_GBps is None):
-        raise TopologyError((), f"override of {override.target}: give either scale or bandwidth_GBps")
+        raise ScaleMoEError(f"override of {override.target}: give either scale or bandwidth_GBps")
     name, value = ("bandwidth_GBps", override.bandwidth_GBps) if override.scale is None else ("scale", override.scale)
     if not (math.isfinite(value) and value > 0):
-        raise TopologyError((name,), "must be finite and above 0", found=value)
+        raise ScaleMoEError("must be finite and above 0", field=(name,), found=value)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import Document, read_document
+from megatron_scalemoe.files import read_document
 from megatron_scalemoe.topology.alpha_beta import AlphaBeta, fit_alpha_beta
 from megatron_scalemoe.topology.graph import Link, Override, Topology, Vertex
 from megatron_scalemoe.topology.routes import MAX_INCIDENCE_RANKS, Routes, compute_routes
+from megatron_scalemoe.typed import Facts, Number, refused
 
 # A correction below this share is not worth an override: repeated measurements differ as much.
 _IGNORED_CHANGE = 0.02
@@ -47,47 +49,59 @@ class Measurement(NamedTuple):
         return bandwidth_GG
 
 
+class _Pair(Facts):
+    source: int
+    destination: int
+    bytes: list[Annotated[int, Field(ge=0, lt=2**63)]]
+    time_us: list[Number]
+
+    @model_validator(mode="after")
+    def _fits_itself(self) -> _Pair:
+        if self.source == self.destination:
+            raise refused("must differ from the source", field=("destination",), found=self.destination)
+        if len(self.bytes) != len(self.time_us):
+            found = f"{len(self.time_us)} times, {len(self.bytes)} sizes"
+            raise refused("must have one time for each size", field=("time_us",), found=found)
+        return self
+
+
+class _Probe(Facts):
+    node_of_rank: list[int]
+    backend: str
+    pairs: list[_Pair]
+
+    @model_validator(mode="after")
+    def _all_pairs(self) -> _Probe:
+        ranks = range(len(self.node_of_rank))
+        for rank, node in enumerate(self.node_of_rank):
+            if node not in ranks:
+                raise refused("must be the number of a node", field=("node_of_rank", rank), found=node)
+        for index, pair in enumerate(self.pairs):
+            for key in ("source", "destination"):
+                if getattr(pair, key) not in ranks:
+                    raise refused(f"must be a rank, 0 to {len(ranks) - 1}", field=("pairs", index, key), found=getattr(pair, key))
+        given = {(pair.source, pair.destination) for pair in self.pairs}
+        missing = next(((i, j) for i in ranks for j in ranks if i != j and (i, j) not in given), None)
+        if len(ranks) < 2 or missing:
+            problem = "expected every pair of two ranks or more, in both directions"
+            raise refused(problem, field=("pairs",), found=f"no pair {missing}" if missing else f"{len(ranks)} ranks")
+        return self
+
+
 def read_measurement(path: Path) -> Measurement:
-    """The file that `ops.link_probe` writes. Raises `ScaleMoEError` naming file and field; also when a pair is missing or cannot be
+    """The file that `bench.link_probe` writes. Raises `ScaleMoEError` naming file and field; also when a pair is missing or cannot be
     fitted."""
     document = read_document(path)
-    node_of_rank = document.get(("node_of_rank",), list)
-    for rank in range(len(node_of_rank)):
-        if document.get(("node_of_rank", rank), int) not in range(len(node_of_rank)):
-            raise document.error(("node_of_rank", rank), "must be the number of a node", found=node_of_rank[rank])
+    probe = document.parse(_Probe)
     pairs = {}
-    for index in range(len(document.get(("pairs",), list))):
-        pair = _read_pair(document, ("pairs", index), len(node_of_rank))
-        pairs[pair.source, pair.target] = pair
-    ranks = range(len(node_of_rank))
-    missing = next(((i, j) for i in ranks for j in ranks if i != j and (i, j) not in pairs), None)
-    if len(node_of_rank) < 2 or missing:
-        problem = "expected every pair of two ranks or more, in both directions"
-        raise document.error(("pairs",), problem, found=f"no pair {missing}" if missing else f"{len(node_of_rank)} ranks")
-    backend = document.get(("backend",), str)
-    return Measurement(tuple(pairs[key] for key in sorted(pairs)), np.array(node_of_rank, dtype=np.int64), backend)
-
-
-def _read_pair(document: Document, field: tuple, ranks: int) -> MeasuredPair:
-    document.get(field, dict)
-    ends = []
-    for key in ("source", "destination"):
-        ends.append(document.get((*field, key), int))
-        if not 0 <= ends[-1] < ranks:
-            raise document.error((*field, key), f"must be a rank, 0 to {ranks - 1}", found=ends[-1])
-    if ends[0] == ends[1]:
-        raise document.error((*field, "destination"), "must differ from the source", found=ends[1])
-    sizes = [document.get((*field, "bytes", i), int) for i in range(len(document.get((*field, "bytes"), list)))]
-    times = [document.get((*field, "time_us", i), float) for i in range(len(document.get((*field, "time_us"), list)))]
-    if len(sizes) != len(times):
-        raise document.error((*field, "time_us"), "must have one time for each size", found=f"{len(times)} times, {len(sizes)} sizes")
-    try:
-        fit = fit_alpha_beta(np.array(sizes, dtype=np.float64), np.array(times))
-    except ScaleMoEError as error:
-        raise ScaleMoEError(f"{document.path}: rank {ends[0]} to rank {ends[1]}: {error}") from error
-    except OverflowError as error:
-        raise document.error((*field, "bytes"), "too large", found=error) from error
-    return MeasuredPair(*ends, tuple(sizes), tuple(times), fit)
+    for index, pair in enumerate(probe.pairs):
+        try:
+            fit = fit_alpha_beta(np.array(pair.bytes, dtype=np.float64), np.array(pair.time_us))
+        except ScaleMoEError as error:
+            problem = f"rank {pair.source} to rank {pair.destination}: {error.problem}"
+            raise document.error(("pairs", index), problem, found=error.found, try_=error.try_) from error
+        pairs[pair.source, pair.destination] = MeasuredPair(pair.source, pair.destination, tuple(pair.bytes), tuple(pair.time_us), fit)
+    return Measurement(tuple(pairs[key] for key in sorted(pairs)), np.array(probe.node_of_rank, dtype=np.int64), probe.backend)
 
 
 def measured_topology(measurement: Measurement, name: str = "measured") -> Topology:

@@ -15,23 +15,73 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
+from pydantic import Field
 
-from megatron_scalemoe.files import SCHEMA_VERSION, Document, read_document, write_atomically
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.files import read_document, write_atomically
 from megatron_scalemoe.topology.builders import build_topology
-from megatron_scalemoe.topology.graph import Link, Override, Topology, TopologyError, Vertex
+from megatron_scalemoe.topology.graph import Link, Override, Topology, Vertex
+from megatron_scalemoe.typed import Model, Number, SchemaVersion
+from megatron_scalemoe.version import SCHEMA_VERSION
+
+
+class _Vertex(Model):
+    name: str
+    kind: str
+    node: int | None = None
+
+
+class _Link(Model):
+    source: str
+    target: str
+    bandwidth_GBps: Number
+    latency_us: Number
+
+
+class _Override(Model):
+    target: str
+    scale: Number | None = None
+    bandwidth_GBps: Number | None = None
+
+
+class _Built(Model):
+    schema_version: SchemaVersion
+    builder: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    overrides: list[_Override] = Field(default_factory=list)
+
+
+class _Full(Model):
+    schema_version: SchemaVersion
+    name: str | None = None
+    vertices: list[_Vertex]
+    links: list[_Link]
+    overrides: list[_Override] = Field(default_factory=list)
 
 
 def load_topology(path: Path) -> Topology:
     """Reads either form. Raises `ScaleMoEError` naming file, line and field."""
     document = read_document(path)
-    document.check_schema()
+    file = document.parse(_Built if "builder" in document.data else _Full)
     try:
-        topology = _load_built(document) if "builder" in document.data else _load_full(document)
-    except TopologyError as error:
-        raise document.error(error.field, error.problem, found=error.found, try_=error.try_) from error
-    return _load_overrides(document, topology)
+        if isinstance(file, _Built):
+            topology = build_topology(file.builder, file.parameters)
+        else:
+            vertices = [Vertex(vertex.name, vertex.kind, vertex.node) for vertex in file.vertices]
+            links = [Link(link.source, link.target, link.bandwidth_GBps, link.latency_us) for link in file.links]
+            topology = Topology.build(path.stem if file.name is None else file.name, vertices, links)
+    except ScaleMoEError as error:
+        raise document.located(error) from error
+    for index, override in enumerate(file.overrides):
+        try:
+            topology = topology.overridden(Override(override.target, override.scale, override.bandwidth_GBps))
+        except ScaleMoEError as error:
+            field = ("overrides", index, *error.field)
+            raise error.at(document.place(field), field) from error
+    return topology
 
 
 def save_topology(topology: Topology, path: Path, *, force: bool = False) -> None:
@@ -56,47 +106,3 @@ def _rows(field: str, rows: list[dict]) -> str:
     """A list with one line per item."""
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     return yaml.dump({field: rows}, Dumper=dumper, sort_keys=False, default_flow_style=None, width=1000, allow_unicode=True)
-
-
-def _load_built(document: Document) -> Topology:
-    document.only_keys((), {"schema_version", "builder", "parameters", "overrides"})
-    parameters = document.get(("parameters",), dict, {})
-    for key in parameters:
-        if not isinstance(key, str):
-            raise document.error(("parameters",), "names must be text", found=repr(key))
-    return build_topology(document.get(("builder",), str), parameters)
-
-
-def _load_full(document: Document) -> Topology:
-    document.only_keys((), {"schema_version", "name", "vertices", "links", "overrides"})
-    name = document.get(("name",), str, document.path.stem)
-    vertices, links = [], []
-    for field in _items(document, "vertices", {"name", "kind", "node"}):
-        node = document.get((*field, "node"), int, None)
-        vertices.append(Vertex(document.get((*field, "name"), str), document.get((*field, "kind"), str), node))
-    for field in _items(document, "links", {"source", "target", "bandwidth_GBps", "latency_us"}):
-        ends = [document.get((*field, side), str) for side in ("source", "target")]
-        links.append(Link(*ends, *(document.get((*field, key), float) for key in ("bandwidth_GBps", "latency_us"))))
-    return Topology.build(name, vertices, links)
-
-
-def _load_overrides(document: Document, topology: Topology) -> Topology:
-    if "overrides" not in document.data:
-        return topology
-    for field in _items(document, "overrides", {"target", "scale", "bandwidth_GBps"}):
-        values = [document.get((*field, key), float, None) for key in ("scale", "bandwidth_GBps")]
-        override = Override(document.get((*field, "target"), str), *values)
-        try:
-            topology = topology.overridden(override)
-        except TopologyError as error:
-            raise document.error((*field, *error.field), error.problem, found=error.found, try_=error.try_) from error
-    return topology
-
-
-def _items(document: Document, name: str, allowed: set[str]) -> list[tuple]:
-    """The fields of a list's items, each found to be a mapping with none but the allowed keys."""
-    fields = [(name, index) for index in range(len(document.get((name,), list)))]
-    for field in fields:
-        document.get(field, dict)
-        document.only_keys(field, allowed)
-    return fields

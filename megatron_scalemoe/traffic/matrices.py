@@ -60,12 +60,6 @@ def _pairs_inside(share_EX: np.ndarray, coactivation_EE: np.ndarray) -> np.ndarr
     return 0.5 * np.bincount(group, weights=share * with_group, minlength=share_EX.shape[1])
 
 
-def expert_load(tokens_GP: np.ndarray, slots_P: np.ndarray, num_experts: int) -> np.ndarray:
-    """float64 [E]: selections of each logical expert, over all sources and all its slots."""
-    used_P = slots_P >= 0
-    return np.bincount(slots_P[used_P], weights=tokens_GP.sum(axis=0)[used_P], minlength=num_experts)
-
-
 def share_of_slots(tokens_GP: np.ndarray, slots_P: np.ndarray, num_ranks: int, num_experts: int) -> np.ndarray:
     """float64 [E, G]: the fraction of each expert's tokens that go to each rank; 0 for experts without tokens."""
     used_P = slots_P >= 0
@@ -95,14 +89,10 @@ def rows_between_ranks(
     return selections_GG * distinct_factor(share_EG, traffic)
 
 
-def rows_to_nodes(
-    tokens_GP: np.ndarray, slots_P: np.ndarray, node_of_rank_G: np.ndarray, traffic: LayerTraffic, deduplicate: bool = True
-) -> np.ndarray:
+def rows_to_nodes(tokens_GP: np.ndarray, slots_P: np.ndarray, node_of_rank_G: np.ndarray, traffic: LayerTraffic) -> np.ndarray:
     """float64 [G, N]: rows from rank i to node n, one per (token, node) however many ranks of the node it visits."""
     num_ranks = node_of_rank_G.size
     in_node_GN = (node_of_rank_G[:, None] == np.arange(node_of_rank_G.max() + 1)).astype(np.float64)
     selections_GN = selections_between_ranks(tokens_GP, num_ranks) @ in_node_GN
-    if not deduplicate:
-        return selections_GN
     share_EN = share_of_slots(tokens_GP, slots_P, num_ranks, traffic.counts.shape[1]) @ in_node_GN
     return selections_GN * distinct_factor(share_EN, traffic)

@@ -8,11 +8,14 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import read_bytes, write_atomically
+from megatron_scalemoe.typed import Facts, SchemaVersion, check
 from megatron_scalemoe.version import SCHEMA_VERSION
 
 _ZIP = b"PK\x03\x04"
@@ -34,6 +37,12 @@ class LayerTraffic:
     coactivation: np.ndarray | None
     loads: np.ndarray
     topk: int
+
+
+class _Meta(Facts):
+    schema_version: SchemaVersion = SCHEMA_VERSION
+    topk: Annotated[int, Field(ge=1)] = 1
+    iterations: list[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,13 +69,7 @@ class RoutingTrace:
             raise ScaleMoEError("counts must be 0 or more, and fit int32", found=f"{counts.min()}..{counts.max()}")
         object.__setattr__(self, "counts", counts.astype(np.int32, copy=False))
         self._check_coactivation()
-        if type(self.topk) is not int or not 1 <= self.topk <= counts.shape[3]:
-            raise ScaleMoEError(f"meta: topk must be an integer from 1 to the {counts.shape[3]} experts", found=repr(self.topk))
-        iterations = self.meta.get("iterations")
-        if iterations is not None and (
-            not isinstance(iterations, list) or len(iterations) != counts.shape[0] or not all(type(i) is int for i in iterations)
-        ):
-            raise ScaleMoEError("meta: iterations must name one iteration per step", found=repr(iterations)[:80])
+        self._check_meta()
 
     def _check_coactivation(self) -> None:
         if self.coactivation is None:
@@ -82,6 +85,17 @@ class RoutingTrace:
         if together.max() > _MOST_TOKENS or together[together > 0].min(initial=1.0) < 1 / _MOST_TOKENS:
             raise ScaleMoEError(f"coactivation must be 0, or from {1 / _MOST_TOKENS:g} to {_MOST_TOKENS:g} tokens")
         object.__setattr__(self, "coactivation", together)
+
+    def _check_meta(self) -> None:
+        try:
+            meta = check(_Meta, dict(self.meta))
+        except ScaleMoEError as error:
+            raise error.at("meta") from error
+        if meta.topk > self.num_experts:
+            raise ScaleMoEError(f"must be 1 to the {self.num_experts} experts", found=meta.topk, field=("topk",), place="meta")
+        if meta.iterations is not None and len(meta.iterations) != self.num_steps:
+            problem = f"must name one iteration for each of the {self.num_steps} steps"
+            raise ScaleMoEError(problem, found=len(meta.iterations), field=("iterations",), place="meta")
 
     @property
     def topk(self) -> int:
@@ -161,7 +175,7 @@ def load_trace(path: Path) -> RoutingTrace:
     try:
         return RoutingTrace(arrays["counts"], arrays.get("coactivation"), _parse_meta(arrays.get("meta")))
     except ScaleMoEError as error:
-        raise error.at(str(path)) from error
+        raise error.at(": ".join(filter(None, (str(path), error.place)))) from error
 
 
 def _parse_meta(array: np.ndarray | None) -> dict:
@@ -170,7 +184,7 @@ def _parse_meta(array: np.ndarray | None) -> dict:
     try:
         meta = json.loads(str(array[()]))
     except (ValueError, RecursionError) as error:
-        raise ScaleMoEError("meta: must be JSON text", found=error) from error
-    if not isinstance(meta, dict) or meta.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-        raise ScaleMoEError(f"meta: must be a JSON mapping of schema_version {SCHEMA_VERSION}", found=str(meta)[:80])
+        raise ScaleMoEError("must be JSON text", found=error, place="meta") from error
+    if not isinstance(meta, dict):
+        raise ScaleMoEError("must be a JSON mapping", found=str(meta)[:80], place="meta")
     return meta

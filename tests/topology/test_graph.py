@@ -7,7 +7,7 @@ import pytest
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.topology.builders import BUILDERS
-from megatron_scalemoe.topology.graph import Override, Topology, TopologyError, UnreachableError
+from megatron_scalemoe.topology.graph import Override, Topology, UnreachableError
 from tests.topology.small import SMALL
 
 VERTICES = [("a", "gpu", 0), ("s", "switch", None), ("b", "gpu", 1)]
@@ -44,7 +44,7 @@ def test_the_graph_cannot_be_changed():
 )
 def test_a_wrong_vertex_is_named(vertices, field, words):
     links = LINKS if len(vertices) > 1 else []
-    with pytest.raises(TopologyError, match=words) as error:
+    with pytest.raises(ScaleMoEError, match=words) as error:
         Topology.build("bad", vertices, links)
     assert error.value.field == field
 
@@ -64,7 +64,7 @@ def test_a_wrong_vertex_is_named(vertices, field, words):
     ],
 )
 def test_a_wrong_link_is_named(link, key, words):
-    with pytest.raises(TopologyError, match=words) as error:
+    with pytest.raises(ScaleMoEError, match=words) as error:
         Topology.build("bad", VERTICES, [*LINKS, link])
     assert error.value.field == ("links", 4, key)
 

@@ -117,7 +117,7 @@ def changed(field: tuple, value: object) -> dict:
         (("pairs", 1, "destination"), 1, "pairs.1.destination: must differ"),
         (("pairs", 1, "bytes"), [1, 2], "3 times, 2 sizes"),
         (("pairs", 1, "bytes", 0), 0.5, "pairs.1.bytes.0: must be an integer"),
-        (("pairs", 1, "bytes", 2), 10**400, "pairs.1.bytes: too large"),
+        (("pairs", 1, "bytes", 2), 10**400, "pairs.1.bytes.2: must be below"),
         (("pairs", 1, "time_us", 0), "fast", "pairs.1.time_us.0: must be a finite number"),
         (("pairs", 1, "time_us", 0), -1, "rank 1 to rank 0: measured times must be above 0"),
         (("pairs", 1, "time_us"), [3, 2, 1], "rank 1 to rank 0: larger messages did not take longer"),

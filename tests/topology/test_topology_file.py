@@ -121,7 +121,7 @@ def test_overrides_apply_to_both_forms(tmp_path):
         (BUILT, "rail_optimized", "rail", "t.yaml:2: builder: must be one of dgx_a100"),
         (BUILT, "nodes: 2", "nods: 2", "t.yaml:4: parameters.nods: rail_optimized has no such parameter"),
         (BUILT, "gpus_per_node: 2", "gpus_per_node: 2.5", "t.yaml:5: parameters.gpus_per_node: must be an integer"),
-        (BUILT, "gpus_per_node: 2", "3: 2", "names must be text"),
+        (BUILT, "gpus_per_node: 2", "3: 2", "t.yaml:5: parameters.*must be text"),
         (BUILT, "builder: rail_optimized", "builder: rail_optimized\nlinks: []", "t.yaml:3: links: unknown field"),
         (BUILT, "  nodes: 2\n  gpus_per_node: 2", "- 2", "t.yaml:3: parameters: must be a mapping"),
     ],

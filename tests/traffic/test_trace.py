@@ -31,11 +31,12 @@ PAIRS = np.array([[[6.0, 2, 1], [2, 8, 3], [1, 3, 10]]])
         ({"coactivation": PAIRS * [1, 1, np.nan]}, "symmetric, finite and 0 or more"),
         ({"coactivation": -PAIRS}, "symmetric, finite and 0 or more"),
         ({"coactivation": PAIRS * [1, 2, 3]}, "symmetric"),
-        ({"meta": {"topk": 4}}, "topk must be an integer from 1 to the 3 experts"),
-        ({"meta": {"topk": "2"}}, "topk must be an integer"),
-        ({"meta": {"topk": True}}, "topk must be an integer"),
-        ({"meta": {"iterations": [1]}}, "iterations must name one iteration per step"),
-        ({"meta": {"iterations": [1, 2.5]}}, "iterations must name one iteration per step"),
+        ({"meta": {"topk": 4}}, "meta: topk: must be 1 to the 3 experts"),
+        ({"meta": {"topk": "2"}}, "meta: topk: must be an integer"),
+        ({"meta": {"topk": True}}, "meta: topk: must be an integer"),
+        ({"meta": {"topk": 0}}, "meta: topk: must be 1 or more"),
+        ({"meta": {"iterations": [1]}}, "meta: iterations: must name one iteration"),
+        ({"meta": {"iterations": [1, 2.5]}}, "meta: iterations.1: must be an integer"),
     ],
 )
 def test_a_trace_that_breaks_a_rule_is_refused(parts, message):
@@ -120,8 +121,8 @@ def npz(**arrays: object) -> bytes:
         (npz(counts=COUNTS, meta=np.array("{")), "t.npz: meta: must be JSON text"),
         (npz(counts=COUNTS, meta=np.array("[]")), "t.npz: meta: must be a JSON mapping"),
         (npz(counts=COUNTS, meta=np.zeros((2, 2))), "t.npz: meta: must be"),
-        (npz(counts=COUNTS, meta=np.array(json.dumps({"schema_version": 2}))), "schema_version 1"),
-        (npz(counts=COUNTS, meta=np.array(json.dumps({"topk": 9}))), "t.npz: meta: topk must be"),
+        (npz(counts=COUNTS, meta=np.array(json.dumps({"schema_version": 2}))), "meta: schema_version: must be 1"),
+        (npz(counts=COUNTS, meta=np.array(json.dumps({"topk": 9}))), "t.npz: meta: topk: must be"),
         (npz(counts=np.array([object()])), "t.npz: not a readable npz file"),
     ],
 )

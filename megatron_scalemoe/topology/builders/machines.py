@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.topology.builders.parts import (
     GBIT_IN_GB,
     NVLINK_HOP_US,
@@ -19,7 +20,6 @@ from megatron_scalemoe.topology.builders.parts import (
     builder,
     nvswitch_node,
 )
-from megatron_scalemoe.topology.graph import TopologyError
 
 # An NVLink bridge joins two RTX A6000: 112.5 GB/s both directions together (data sheet; FSMoE, ASPLOS'25, testbed A).
 A6000_BRIDGE_GBps = 112.5 / 2
@@ -84,7 +84,7 @@ def pcie_box(*, gpu: str = "a6000", nodes: int = 1) -> Parts:
     Two sockets, each with a PCIe switch for half of the GPUs; the NIC sits on the first socket.
     """
     if gpu not in PCIE_BOXES:
-        raise TopologyError(("parameters", "gpu"), f"must be one of {', '.join(PCIE_BOXES)}", found=repr(gpu))
+        raise ScaleMoEError(f"must be one of {', '.join(PCIE_BOXES)}", field=("parameters", "gpu"), found=repr(gpu))
     gpus, pcie_GBps, bridge_GBps, network_GBps = PCIE_BOXES[gpu]
     parts = Parts()
     infiniband = parts.vertex("infiniband", "switch") if nodes > 1 else None

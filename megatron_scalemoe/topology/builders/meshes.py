@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 
+from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.topology.builders.parts import Parts, builder
-from megatron_scalemoe.topology.graph import TopologyError
 
 # Jouppi et al., "TPU v4", ISCA'23: six inter-chip links of 50 GB/s per direction, four chips per host.
 TORUS_LINK_GBps, TORUS_CHIPS_PER_NODE = 50.0, 4
@@ -27,7 +27,7 @@ def torus(
     """2D or 3D torus of TPU v4's kind; ranks in row-major order, `gpus_per_node` consecutive ranks in a node."""
     if len(dims) not in (2, 3) or min(dims) < 2:
         problem = "a torus has two or three dimensions of 2 or more"
-        raise TopologyError(("parameters", "dims"), problem, found=list(dims), try_="dims 4 4, or dims 4 4 4; ring for one dimension")
+        raise ScaleMoEError(problem, field=("parameters", "dims"), found=list(dims), try_="dims 4 4, or dims 4 4 4; ring for one dimension")
     parts = Parts()
     gpus = _gpus(parts, math.prod(dims), gpus_per_node)
     name_of = dict(zip(itertools.product(*map(range, dims)), gpus, strict=True))

@@ -7,7 +7,8 @@ import inspect
 import math
 from collections.abc import Callable
 
-from megatron_scalemoe.topology.graph import Link, Topology, TopologyError, Vertex
+from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.topology.graph import Link, Topology, Vertex
 
 # Enough for 25,000 GPUs; more is a typing error, and would take minutes.
 MAX_LINKS = 200_000
@@ -51,7 +52,7 @@ class Parts:
 
     def _check_size(self) -> None:
         if max(len(self.vertices), len(self.links)) > MAX_LINKS:
-            raise TopologyError(("parameters",), f"the topology would have more than {MAX_LINKS} vertices or links")
+            raise ScaleMoEError(f"the topology would have more than {MAX_LINKS} vertices or links", field=("parameters",))
 
 
 def nvswitch_node(parts: Parts, node: int, gpus: int, scale_up_GBps: float) -> list[str]:
@@ -74,7 +75,7 @@ def add_nics(parts: Parts, node: int, gpus: list[str], pcie_GBps: float) -> list
 def builder(function: Callable[..., Parts]) -> Callable[..., Topology]:
     """Turns a function that returns `Parts` into one that checks its parameters and returns a `Topology` that knows how it was built.
 
-    Raises `TopologyError` on an unknown parameter, a wrong type, an integer below 1 or a number not above 0.
+    Raises `ScaleMoEError` on an unknown parameter, a wrong type, an integer below 1 or a number not above 0.
     """
     signature = inspect.signature(function, eval_str=True)
     name = function.__name__
@@ -84,7 +85,7 @@ def builder(function: Callable[..., Parts]) -> Callable[..., Topology]:
         for key, value in parameters.items():
             if key not in signature.parameters:
                 try_ = f"one of {', '.join(signature.parameters)}" if signature.parameters else "no parameters"
-                raise TopologyError(("parameters", key), f"{name} has no such parameter", try_=try_)
+                raise ScaleMoEError(f"{name} has no such parameter", field=("parameters", key), try_=try_)
             _check(key, value, signature.parameters[key].annotation)
         bound = signature.bind(**parameters)
         bound.apply_defaults()
@@ -98,10 +99,10 @@ def builder(function: Callable[..., Parts]) -> Callable[..., Topology]:
 def _check(key: str, value: object, kind: type) -> None:
     field = ("parameters", key)
     if kind is int and not (type(value) is int and value >= 1):
-        raise TopologyError(field, "must be an integer, 1 or more", found=repr(value))
+        raise ScaleMoEError("must be an integer, 1 or more", field=field, found=repr(value))
     if kind is float and not (type(value) in (int, float) and 0 < value < 1e300 and math.isfinite(value)):
-        raise TopologyError(field, "must be a finite number above 0", found=repr(value))
+        raise ScaleMoEError("must be a finite number above 0", field=field, found=repr(value))
     if kind is str and not isinstance(value, str):
-        raise TopologyError(field, "must be text", found=repr(value))
+        raise ScaleMoEError("must be text", field=field, found=repr(value))
     if kind == tuple[int, ...] and not (isinstance(value, tuple | list) and all(type(v) is int and v >= 1 for v in value)):
-        raise TopologyError(field, "must be integers, each 1 or more", found=repr(value))
+        raise ScaleMoEError("must be integers, each 1 or more", field=field, found=repr(value))

@@ -24,7 +24,7 @@ from megatron_scalemoe.topology.builders.parts import (
     PCIE4_GBps,
     PCIE5_GBps,
 )
-from megatron_scalemoe.topology.graph import Link, Topology, TopologyError, Vertex
+from megatron_scalemoe.topology.graph import Link, Topology, Vertex
 
 # One way over PCIe, in us. GPU - switch - NIC takes what the builders' GPU - NIC takes; otherwise the figures are chosen to make routes go
 # where NCCL sends traffic: over NVLink (1 us) rather than PCIe (1.1 and more), to the network through the GPU's own NIC even if that means
@@ -92,8 +92,8 @@ def layout_of_parts(path: Path, parts: Parts, nic_GBps: Mapping[str, float], not
     """Raises `ScaleMoEError` naming the file when the parts make no topology."""
     try:
         topology = Topology.build(path.stem, parts.vertices, parts.links)
-    except TopologyError as error:
-        raise ScaleMoEError(f"{path}: {error.problem}", found=error.found, try_="the whole output of one machine") from error
+    except ScaleMoEError as error:
+        raise ScaleMoEError(error.problem, found=error.found, try_="the whole output of one machine", place=str(path)) from error
     return NodeLayout(topology, dict(nic_GBps), tuple(notes))
 
 
@@ -131,4 +131,4 @@ def read_text(path: Path) -> str:
 
 def error_at(path: Path, line: int, problem: str, *, found: object = None, try_: str | None = None) -> ScaleMoEError:
     """The error to raise about one line of a file."""
-    return ScaleMoEError(f"{path}:{line}: {problem}", found=found, try_=try_)
+    return ScaleMoEError(problem, found=found, try_=try_, place=f"{path}:{line}")
