@@ -32,7 +32,7 @@ def start_plan(scalemoe: ScaleMoEConfig, num_layers: int, num_ranks: int, num_ex
 
 def _check_fits_model(plan: PlacementPlan, source: str, model: Sizes) -> None:
     """Raises `ScaleMoEError` unless the plan is for the model's MoE layers, expert-parallel ranks and experts."""
-    check_fit({"the model's MoE": model, source: plan}, try_="scalemoe plan with a trace of this model")
+    check_fit({"the model (its MoE layers, expert-parallel ranks)": model, source: plan}, try_="scalemoe plan with a trace of this model")
 
 
 def with_replica_slots(plan: PlacementPlan, per_rank: int) -> PlacementPlan:

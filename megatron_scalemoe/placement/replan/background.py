@@ -116,16 +116,13 @@ class BackgroundPlanner:
 
 
 def _read_reply(directory: Path) -> Replan:
-    document = read_document(directory / _REPLY)
-    document.check_schema()
+    figures = read_document(directory / _REPLY).data
     names = [field.name for field in dataclasses.fields(Replan) if field.name != "plan"]
-    return Replan(plan=load_plan(directory / _NEW_PLAN), **{name: document.data[name] for name in names})
+    return Replan(plan=load_plan(directory / _NEW_PLAN), **{name: figures[name] for name in names})
 
 
 def _answer(directory: Path) -> None:
-    document = read_document(directory / _REQUEST)
-    document.check_schema()
-    request = document.data
+    request = read_document(directory / _REQUEST).data
     with np.load(directory / _PORTS, allow_pickle=False) as arrays:
         node_of_rank, *sides, (near_us, far_us) = (arrays[f"arr_{i}"] for i in range(8))
     into, out = PortSide(*sides[:3]), PortSide(*sides[3:])
