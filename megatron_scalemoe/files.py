@@ -6,22 +6,17 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.version import SCHEMA_VERSION
 
 # yaml and pydantic only here and in functions: every sub-command imports this module, and --help must be quick.
 if TYPE_CHECKING:
     import yaml
 
     from megatron_scalemoe.typed import ModelT
-
-_REQUIRED: Any = object()
-_KINDS = {int: "an integer", float: "a finite number", str: "text", bool: "true or false", list: "a list", dict: "a mapping"}
 
 
 def check_writable(path: Path, *, force: bool) -> None:
@@ -113,40 +108,6 @@ class Document:
             return yaml.compose(self.text, Loader=_yaml_loader())
         except (yaml.YAMLError, RecursionError, ValueError):
             return None
-
-    def get(self, field: tuple, kind: type, default: Any = _REQUIRED) -> Any:
-        """The value at `field`, which must be a `kind` (`int` counts as `float`; NaN and infinities never do)."""
-        *parents, last = field
-        value: Any = self.data
-        for key in parents:
-            value = value[key]
-        if isinstance(value, dict) and last not in value:
-            if default is _REQUIRED:
-                raise self.error(tuple(parents), f"{last!r} is missing", try_=f"add {last}: {_KINDS[kind]}")
-            return default
-        value = value[last]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        ok = is_number and -1e300 < value < 1e300 and math.isfinite(value) if kind is float else isinstance(value, kind)
-        if not ok or (kind is int and isinstance(value, bool)):
-            raise self.error(field, f"must be {_KINDS[kind]}", found=repr(value)[:80])
-        return float(value) if kind is float else value
-
-    def only_keys(self, field: tuple, allowed: set[str]) -> None:
-        """Refuses unknown keys of the mapping at `field`: a typing error must not be ignored."""
-        mapping: Any = self.data
-        for key in field:
-            mapping = mapping[key]
-        for key in mapping:
-            if key not in allowed:
-                raise self.error((*field, key), "unknown field", try_=f"one of {', '.join(sorted(allowed))}")
-
-    def check_schema(self) -> None:
-        """Raises unless `schema_version` is the one that this version writes."""
-        version = self.get(("schema_version",), int)
-        if version != SCHEMA_VERSION:
-            raise self.error(
-                ("schema_version",), f"must be {SCHEMA_VERSION}", found=version, try_="the scalemoe version that wrote the file"
-            )
 
 
 def read_document(path: Path) -> Document:

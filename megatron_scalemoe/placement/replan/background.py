@@ -23,13 +23,14 @@ import numpy as np
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import SCHEMA_VERSION, read_document, write_atomically
+from megatron_scalemoe.files import read_document, write_atomically
 from megatron_scalemoe.placement.processes import use_one_blas_thread
 from megatron_scalemoe.placement.replan.policy import ReplanPolicy
 from megatron_scalemoe.placement.replan.replan import Replan, ReplanOptions, replan
 from megatron_scalemoe.plan.placement_plan import PlacementPlan, load_plan, save_plan
 from megatron_scalemoe.topology.ports import Ports, PortSide
 from megatron_scalemoe.traffic.trace import RoutingTrace, load_trace, save_trace
+from megatron_scalemoe.version import SCHEMA_VERSION
 
 _TRACE, _PORTS, _OLD_PLAN, _REQUEST = "trace.npz", "ports.npz", "old.json", "request.json"
 _NEW_PLAN, _REPLY, _ERRORS = "new.json", "reply.json", "stderr.txt"
