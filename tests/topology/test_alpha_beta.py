@@ -26,7 +26,7 @@ def relative_error(alpha_us: float, us_per_byte: float, times: np.ndarray) -> fl
     return float((((alpha_us + us_per_byte * SIZES) / times - 1) ** 2).sum())
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_other_line_has_smaller_relative_errors(seed):
     rng = np.random.default_rng(seed)
     times = (rng.uniform(0, 30) + SIZES / (rng.uniform(1, 400) * 1e3)) * rng.uniform(0.7, 1.4, SIZES.size)

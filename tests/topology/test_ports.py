@@ -1,7 +1,5 @@
 """`ports_of`: never slower than the links, and as slow where the fabric does not block."""
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,7 +30,7 @@ def random_traffic(rng: np.random.Generator, ranks: int) -> np.ndarray:
     return bytes_GG * keep
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(sorted(SMALL)), st.integers(0, 2**32 - 1))
 def test_ports_of_every_builder_never_take_longer_than_the_links(name, seed):
     topology, routes, ports = ROUTED[name]
@@ -40,7 +38,7 @@ def test_ports_of_every_builder_never_take_longer_than_the_links(name, seed):
     assert ports.busy_us(bytes_GG).max() <= link_time_us(bytes_GG, topology, routes) * (1 + 1e-9)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_ports_of_random_topologies_never_take_longer_than_the_links(seed):
     topology = random_topology(seed)
@@ -112,10 +110,11 @@ def test_the_node_port_sums_over_its_ranks():
     assert ports.busy_us(bytes_GG).max() == pytest.approx(640)
 
 
-def test_ports_of_a_thousand_gpus_take_seconds():
-    topology = BUILDERS["rail_optimized"](nodes=128, spines=16)
-    routes = compute_routes(topology)
-    start = time.process_time()
-    ports = ports_of(topology, routes)
-    assert time.process_time() - start < 5
-    assert set(ports.into.node_GBps) == {400.0}
+def test_a_subset_counts_its_nodes_anew_and_takes_the_order_it_is_given():
+    ports = ROUTED["throttled"][2]
+    part = ports.subset([13, 9, 1])
+    assert part.node_of_rank.tolist() == [2, 1, 0]
+    assert part.node_sizes.tolist() == [1, 1, 1]
+    assert part.into.node_GBps.tolist() == [103, 75, 150]
+    assert part.out.scale_out_GBps.tolist() == ports.out.scale_out_GBps[[13, 9, 1]].tolist()
+    assert part.pair_GBps()[[0, 0, 1], [1, 2, 1]].tolist() == [25, 3, np.inf]

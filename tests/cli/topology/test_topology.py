@@ -35,9 +35,15 @@ def test_build_writes_a_file_that_loads(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("builder", cli.BUILDERS)
-def test_every_builder_builds_shows_and_checks(capsys, tmp_path, builder):
+def test_every_builder_builds(capsys, tmp_path, builder):
     path = tmp_path / "topo.yaml"
     assert run(capsys, "build", builder, "-o", path)[0] == 0
+    assert load_topology(path).builder == builder
+
+
+def test_show_and_check_take_what_build_wrote(capsys, tmp_path):
+    path = tmp_path / "topo.yaml"
+    run(capsys, "build", "torus", "-o", path)
     code, out, _ = run(capsys, "show", path)
     assert code == 0
     assert "inside nodes" in out
