@@ -29,6 +29,7 @@ class Example(Options):
 def options(*arguments: str) -> Example:
     parser = argparse.ArgumentParser()
     add_option_flags(parser, Example, ranks=64)
+    assert "how many (64)" in parser.format_help()
     return options_from_args(parser.parse_args(arguments), Example)
 
 

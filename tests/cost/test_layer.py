@@ -143,11 +143,12 @@ def test_overlap_hides_the_shorter_part():
     assert apart.total_us == pytest.approx(apart.dispatch_us + apart.combine_us + apart.compute_us)
 
 
-def test_no_tokens_cost_only_latency_free_overhead():
+@pytest.mark.parametrize(("exchange", "phases"), [("flat", 1), ("1dh", 3), ("2dh", 2)])
+def test_no_tokens_cost_only_the_overhead_of_each_phase(exchange, phases):
     traffic = LayerTraffic(np.zeros((4, 8)), None, np.zeros((1, 8)), 2)
-    result = cost_of(star_cluster(equal_nodes(2, 2)), traffic, np.arange(8))
+    result = cost_of(star_cluster(equal_nodes(2, 2)), traffic, np.arange(8), COST.replaced(exchange=exchange))
     assert (result.max_over_mean, result.compute_us, result.bytes_scale_out) == (1.0, 0.0, 0.0)
-    assert result.total_us == 4 * COST.exchange_overhead_us
+    assert result.total_us == 4 * phases * COST.exchange_overhead_us
 
 
 def test_the_price_of_replicas_at_links_is_that_at_ports_where_ports_are_all_that_limits():

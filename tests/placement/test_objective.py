@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -100,7 +102,11 @@ def test_replicas_are_paid_and_near_copies_preferred():
 def test_without_replicas_both_costs_are_the_same():
     problem = clustered_problem(5, nodes=2, ranks_per_node=4)
     solution = Solution.without_replicas(np.repeat(np.arange(8), 8), 8)
-    assert solution_cost(problem, solution).total_us == placement_cost(problem, solution.hosts.astype(float)).total_us
+    cost_us = solution_cost(problem, solution).total_us
+    assert cost_us == placement_cost(problem, solution.hosts.astype(float)).total_us
+    # Ports know no phases.
+    through_leaders = dataclasses.replace(problem, cost=problem.cost.replaced(exchange="1dh"))
+    assert solution_cost(through_leaders, solution).total_us == cost_us
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.cost.plan import plan_cost
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.plan_trace import PlanRequest, plan_trace
 from megatron_scalemoe.placement.solve import solve_trace
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
-from megatron_scalemoe.simulate.engine import Replanning
+from megatron_scalemoe.simulate.engine import Replanning, replay
 from megatron_scalemoe.simulate.policies import Comparison, planned_steps
 from megatron_scalemoe.traffic.trace import RoutingTrace
 from tests.cost.cluster import equal_nodes, star_cluster
@@ -36,6 +37,18 @@ def test_one_plan_serves_every_step_relabelled_so_that_few_experts_leave_their_c
     raw = solve_trace(request.trace, request.links.ports, COST, solver="random").plan
     moved, moved_raw = (int((plan.home_rank != contiguous.home_rank).sum()) for plan in (plans[0], raw))
     assert moved < moved_raw
+    assert homes(planned_steps(request_of(small_trace(), solver="random", seed=1))) != homes(plans)
+
+
+def test_a_row_is_the_replay_without_warm_up_and_the_cost_of_the_last_plan():
+    request, replanning = request_of(small_trace()), Replanning(every=2, lag=1)
+    plans = list(planned_steps(request, replanning))
+    row = Comparison(request, replanning).row("greedy", plans, seconds=2.0)
+    replayed = replay(request.trace, plans, request.links, COST, warm_up_steps=1)
+    assert {name: row[name] for name in replayed.summary()} == replayed.summary()
+    assert plans[-1].content_hash != plans[1].content_hash
+    assert row["cost_us"] == plan_cost(plans[-1], request.trace, request.links, COST).total_us
+    assert (row["policy"], row["seconds"]) == ("greedy", 2.0)
 
 
 def test_replans_come_every_n_steps_from_counts_as_old_as_the_lag():

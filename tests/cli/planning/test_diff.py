@@ -70,6 +70,8 @@ def test_both_add_the_cost_and_the_advice_which_the_horizon_decides(run_json):
     assert total["replan"] == (total["reason"].count("pays back") == 1 and "but" not in total["reason"])
     assert not run_json(*DIFF, *BOTH, "--gpu-tflops", "20", "--horizon", "1")["total"]["replan"]
     assert run_json(*DIFF, *BOTH, "--gpu-tflops", "20", "--horizon", "1000000")["total"]["replan"]
+    # A step of many micro-batches saves as much as many steps of one.
+    assert run_json(*DIFF, *BOTH, "--gpu-tflops", "20", "--horizon", "1", "--micro-batches", "1000000")["total"]["replan"]
 
 
 def test_costs_are_those_of_plan_cost_layer_by_layer(run_json):
