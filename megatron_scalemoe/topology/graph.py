@@ -108,14 +108,19 @@ class Topology:
         return tuple(self.graph.edges)
 
     @functools.cached_property
+    def full_links(self) -> tuple[Link, ...]:
+        """`links` with their figures."""
+        return tuple(Link(u, v, data["bandwidth_GBps"], data["latency_us"]) for u, v, data in self.graph.edges(data=True))
+
+    @functools.cached_property
     def bandwidth_GBps(self) -> np.ndarray:
         """float64 [M]."""
-        return np.array([data["bandwidth_GBps"] for *_, data in self.graph.edges(data=True)], dtype=np.float64)
+        return np.array([link.bandwidth_GBps for link in self.full_links], dtype=np.float64)
 
     @functools.cached_property
     def latency_us(self) -> np.ndarray:
         """float64 [M]."""
-        return np.array([data["latency_us"] for *_, data in self.graph.edges(data=True)], dtype=np.float64)
+        return np.array([link.latency_us for link in self.full_links], dtype=np.float64)
 
     @functools.cached_property
     def endpoints(self) -> frozenset[str]:
@@ -129,7 +134,7 @@ class Topology:
     @functools.cached_property
     def content_hash(self) -> str:
         """Equal for the same vertices, rank order and links, whatever the name and the file form."""
-        links = sorted((u, v, d["bandwidth_GBps"], d["latency_us"]) for u, v, d in self.graph.edges(data=True))
+        links = sorted(self.full_links)
         vertices = sorted((v.name, v.kind, -1 if v.node is None else v.node) for v in self.vertices)
         return hashlib.sha256(json.dumps([self.ranks, vertices, links]).encode()).hexdigest()
 
@@ -177,7 +182,7 @@ class Topology:
         while dead_ends := [v for v, kind in graph.nodes(data="kind") if kind != "gpu" and len(set(nx.all_neighbors(graph, v))) <= 1]:
             graph.remove_nodes_from(dead_ends)
         vertices = [v for v in self.vertices if v.name in graph]
-        links = [Link(u, v, d["bandwidth_GBps"], d["latency_us"]) for u, v, d in graph.edges(data=True)]
+        links = [link for link in self.full_links if link.source in graph and link.target in graph]
         return Topology.build(f"{self.name}, first {num_ranks} ranks", vertices, links)
 
 

@@ -98,7 +98,7 @@ def format_topology(topology: Topology) -> str:
         overrides = [{k: v for k, v in override._asdict().items() if v is not None} for override in topology.overrides]
         return text + (_rows("overrides", overrides) if overrides else "")
     vertices = [{k: v for k, v in vertex._asdict().items() if v is not None} for vertex in topology.vertices]
-    links = [Link(u, v, d["bandwidth_GBps"], d["latency_us"])._asdict() for u, v, d in topology.graph.edges(data=True)]
+    links = [link._asdict() for link in topology.full_links]
     return yaml.safe_dump({**head, "name": topology.name}, sort_keys=False) + _rows("vertices", vertices) + _rows("links", links)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_scalemoe.topology.builders import BUILDERS
-from megatron_scalemoe.topology.graph import Link, Override, Topology
+from megatron_scalemoe.topology.graph import Override, Topology
 from megatron_scalemoe.topology.health import CHECKS, find_suspicious, node_classes, pair_classes
 from megatron_scalemoe.topology.ports import ports_of
 from megatron_scalemoe.topology.routes import compute_routes
@@ -25,7 +25,7 @@ def findings(topology: Topology) -> dict[str, list[str]]:
 
 def changed(topology: Topology, change) -> Topology:
     """A topology whose links went through `change(link) -> link or None`."""
-    links = [Link(u, v, d["bandwidth_GBps"], d["latency_us"]) for u, v, d in topology.graph.edges(data=True)]
+    links = list(topology.full_links)
     return Topology.build("changed", topology.vertices, [new for new in map(change, links) if new])
 
 
@@ -64,7 +64,7 @@ def test_unequal_nodes_are_found():
 
 def test_a_nic_that_no_route_uses_is_found():
     topology = SMALL["p4d"]
-    links = [Link(u, v, d["bandwidth_GBps"], d["latency_us"]) for u, v, d in topology.graph.edges(data=True)]
+    links = list(topology.full_links)
     links += [("node0/host", "node0/nic1", 32, 2), ("node0/nic1", "node0/host", 32, 2)]
     links += [("node0/nic1", "ethernet", 12.5, 4), ("ethernet", "node0/nic1", 12.5, 4)]
     broken = Topology.build("two NICs", [*topology.vertices, ("node0/nic1", "nic", 0)], links)
@@ -94,7 +94,7 @@ def test_pair_classes_of_a_large_cluster_come_from_a_sample():
 def test_a_class_that_the_sample_misses_still_gets_its_bandwidth():
     """Of 129 GPUs in a box, only GPUs 1 and 2 have a faster link of their own."""
     box = BUILDERS["nvl72"](gpus_per_rack=129)
-    links = [Link(u, v, d["bandwidth_GBps"], d["latency_us"]) for u, v, d in box.graph.edges(data=True)]
+    links = list(box.full_links)
     links += [("node0/gpu1", "node0/gpu2", 33, 0.1), ("node0/gpu2", "node0/gpu1", 33, 0.1)]
     topology = Topology.build("bridge", box.vertices, links)
     assert pair_classes(topology, compute_routes(topology))[0][1:4] == (0.1, 2, (33, 33))

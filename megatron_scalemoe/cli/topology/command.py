@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table
 from megatron_scalemoe.cli.topology import discover as topology_discover
-from megatron_scalemoe.cli.topology.facts import describe, format_description
+from megatron_scalemoe.cli.topology.facts import describe, format_description, write_topology
 from megatron_scalemoe.errors import ScaleMoEError
 
 if TYPE_CHECKING:
@@ -73,20 +73,11 @@ def _add_build_flags(parser: argparse.ArgumentParser) -> None:
 def run_build(args: argparse.Namespace) -> int:
     """Builds, then writes the YAML to --output, or to stdout."""
     from megatron_scalemoe.topology.builders import build_topology
-    from megatron_scalemoe.topology.topology_file import format_topology, save_topology
 
     parameters = parse_parameters(args)
     check_output(args.output, force=args.force)
     topology = build_topology(args.builder, parameters).overridden(*map(parse_override, args.override))
-    if args.output is not None:
-        save_topology(topology, args.output, force=args.force)
-    summary = describe(topology)
-    if args.json:
-        emit(argparse.Namespace(json=True, output=None), summary, "")
-    elif args.output is None:
-        print(format_topology(topology), end="")
-    elif not args.quiet:
-        print(f"{args.output}: {format_description(summary)}")
+    write_topology(args, topology, {})
     return OK
 
 

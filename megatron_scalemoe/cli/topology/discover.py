@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, format_table, print_result
-from megatron_scalemoe.cli.topology.facts import describe, format_description
+from megatron_scalemoe.cli.topology.facts import write_topology
 from megatron_scalemoe.cli.torchrun import run_ranks
 from megatron_scalemoe.environment import describe_environment, installed_version
 from megatron_scalemoe.errors import ScaleMoEError
 
 if TYPE_CHECKING:
     from megatron_scalemoe.topology.discover.layout import NodeLayout
-    from megatron_scalemoe.topology.graph import Topology
     from megatron_scalemoe.topology.measured import Measurement
 
 WORKER = "megatron_scalemoe.bench.link_probe"
@@ -87,7 +86,7 @@ def run_discover(args: argparse.Namespace) -> int:
     if not args.quiet:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
-    _write(args, topology, {"notes": list(notes), "hosts": list(hosts)})
+    write_topology(args, topology, {"notes": list(notes), "hosts": list(hosts)})
     return OK
 
 
@@ -112,21 +111,6 @@ def _read_layout(args: argparse.Namespace) -> NodeLayout:
     nics = [v.name for v in vertices_of_kind(layout.topology, "nic")]
     notes = tuple(note for note in layout.notes if "--nic-Gbps" not in note)
     return dataclasses.replace(layout, nic_GBps=dict.fromkeys(nics, args.nic_Gbps / 8), notes=notes)
-
-
-def _write(args: argparse.Namespace, topology: Topology, facts: dict) -> None:
-    """As `topology build` does: the YAML to --output or stdout, a summary to stdout."""
-    from megatron_scalemoe.topology.topology_file import format_topology, save_topology
-
-    if args.output is not None:
-        save_topology(topology, args.output, force=args.force)
-    summary = describe(topology)
-    if args.json:
-        print_result(args, {**summary, **facts}, "")
-    elif args.output is None:
-        print(format_topology(topology), end="")
-    elif not args.quiet:
-        print(f"{args.output}: {format_description(summary)}")
 
 
 def run_measure(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.topology.builders.parts import MAX_LINKS, SWITCH_HOP_US, HDR_GBps, Parts
 from megatron_scalemoe.topology.discover.layout import NodeLayout, vertices_of_kind
 from megatron_scalemoe.topology.discover.slurm import Fabric, Switch
-from megatron_scalemoe.topology.graph import Link, Topology, UnreachableError
+from megatron_scalemoe.topology.graph import Topology, UnreachableError
 
 
 def cluster_of(layout: NodeLayout, fabric: Fabric, *, hosts: Sequence[str] | None = None, oversubscription: float = 1.0) -> Topology:
@@ -57,8 +57,8 @@ def _node_name(name: str, node: int) -> str:
 def _add_node(parts: Parts, layout: NodeLayout, node: int) -> None:
     for vertex in layout.topology.vertices:
         parts.vertex(_node_name(vertex.name, node), vertex.kind, node)
-    for u, v, data in layout.topology.graph.edges(data=True):
-        parts.links.append(Link(_node_name(u, node), _node_name(v, node), data["bandwidth_GBps"], data["latency_us"]))
+    for link in layout.topology.full_links:
+        parts.links.append(link._replace(source=_node_name(link.source, node), target=_node_name(link.target, node)))
 
 
 def _add_leaf_links(parts: Parts, layout: NodeLayout, fabric: Fabric, number_of: Mapping[str, int]) -> dict[str, float]:

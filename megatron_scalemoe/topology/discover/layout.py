@@ -24,7 +24,7 @@ from megatron_scalemoe.topology.builders.parts import (
     PCIE4_GBps,
     PCIE5_GBps,
 )
-from megatron_scalemoe.topology.graph import Link, Topology, Vertex
+from megatron_scalemoe.topology.graph import Topology, Vertex
 
 # One way over PCIe, in us. GPU - switch - NIC takes what the builders' GPU - NIC takes; otherwise the figures are chosen to make routes go
 # where NCCL sends traffic: over NVLink (1 us) rather than PCIe (1.1 and more), to the network through the GPU's own NIC even if that means
@@ -108,11 +108,11 @@ def layout_of_topology(topology: Topology) -> NodeLayout:
     nics = {v.name for v in topology.vertices if v.kind == "nic"}
     vertices = [v for v in topology.vertices if v.name in inside]
     links, nic_GBps = [], {}
-    for source, target, data in topology.graph.edges(data=True):
-        if source in inside and target in inside:
-            links.append(Link(source, target, data["bandwidth_GBps"], data["latency_us"]))
-        elif source in nics:
-            nic_GBps[source] = nic_GBps.get(source, 0.0) + data["bandwidth_GBps"]
+    for link in topology.full_links:
+        if link.source in inside and link.target in inside:
+            links.append(link)
+        elif link.source in nics:
+            nic_GBps[link.source] = nic_GBps.get(link.source, 0.0) + link.bandwidth_GBps
     return NodeLayout(Topology.build(topology.name, vertices, links), nic_GBps)
 
 
