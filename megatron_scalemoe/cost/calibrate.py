@@ -26,18 +26,6 @@ class _Row(Facts):
     dispatcher: str
     transport: str | None = None
     ranks: int = Field(ge=1)
-    median_ms: Number = Field(gt=0)
-    bytes_out: Number
-
-
-class _Bench(Facts):
-    rows: list[_Row]
-
-
-class _Row(Facts):
-    dispatcher: str
-    transport: str | None = None
-    ranks: int = Field(ge=1)
     bytes_out: Number = Field(ge=0)
     median_ms: Number = Field(gt=0)
 
