@@ -37,7 +37,7 @@ class Interval(Facts):
     uniform_share: Number | None = None
 
 
-class Replan(Facts):
+class ReplanEvent(Facts):
     """A plan that came into force, or one that was not worth it (`changed` False)."""
 
     iteration: int
@@ -99,7 +99,7 @@ class TrainingRun:
     load_N: np.ndarray
     validation: list[tuple[int, float]]
     intervals: list[Interval]
-    replans: list[Replan]
+    replans: list[ReplanEvent]
     failures: list[str]
 
     @property
@@ -167,7 +167,7 @@ class TrainingRun:
         return (float(np.mean([s for s, _ in shares])), float(np.mean([u for _, u in shares]))) if shares else None
 
     @property
-    def new_plans(self) -> list[Replan]:
+    def new_plans(self) -> list[ReplanEvent]:
         return [replan for replan in self.replans if replan.changed]
 
 
@@ -272,17 +272,17 @@ def _reports(train: Document, history: list[_Record]) -> list[_Record]:
     return reports
 
 
-def _events(train: Document) -> tuple[list[Interval], list[Replan], list[str]]:
+def _events(train: Document) -> tuple[list[Interval], list[ReplanEvent], list[str]]:
     intervals, replans, failures = [], [], []
     for index, values in enumerate(train.data.get("events", [])):
         try:
-            event = check({"interval": Interval, "replan": Replan}.get(values["event"], _Event), values)
+            event = check({"interval": Interval, "replan": ReplanEvent}.get(values["event"], _Event), values)
         except ScaleMoEError as error:
             field = ("events", index, *error.field)
             raise error.at(train.place(field), field) from error
         if isinstance(event, Interval):
             intervals.append(event)
-        elif isinstance(event, Replan):
+        elif isinstance(event, ReplanEvent):
             replans.append(event)
         elif event.reason is not None:
             where = "" if event.iteration is None else f"at iteration {event.iteration}"
