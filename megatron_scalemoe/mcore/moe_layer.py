@@ -16,7 +16,6 @@ from torch import Tensor
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.mcore.support import check_supported
 from megatron_scalemoe.mcore.token_dispatcher import ScaleMoETokenDispatcher
-from megatron_scalemoe.ops.token_counts import add_counts, zipf_logits
 
 
 class ScaleMoELayer(MoELayer):
@@ -74,5 +73,17 @@ class ScaleMoERouter(TopKRouter):
         # with activation recomputation the first forward runs without gradients: count only the second
         if self.counting and self.training and torch.is_grad_enabled():
             with torch.no_grad():
-                add_counts(self.tokens_per_expert, routing_map)
+                self.tokens_per_expert += routing_map.sum(0)
         return probs, routing_map
+
+
+def zipf_logits(logits_TE: Tensor, exponent: float) -> Tensor:
+    """Random logits whose top-k is k draws without replacement from a Zipf law: expert e has weight (e + 1) ** -exponent.
+
+    Gumbel top-k (Kool et al., ICML 2019). The gradient passes straight through to `logits_TE`. Draws from the default generator of the
+    logits' device.
+    """
+    rank_E = torch.arange(1, logits_TE.shape[-1] + 1, device=logits_TE.device, dtype=torch.float32)
+    noise = -torch.empty_like(logits_TE, dtype=torch.float32).exponential_().log()
+    forced = (noise - exponent * rank_E.log()).to(logits_TE.dtype)
+    return logits_TE + (forced - logits_TE).detach()

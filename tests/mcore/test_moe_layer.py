@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from megatron_scalemoe.config import ScaleMoEConfig
-from megatron_scalemoe.ops.token_counts import max_over_mean
 from tests.rank_pool import pool
 
 RECOMPUTE = (("recompute_granularity", "selective"), ("recompute_modules", ["moe"]))
@@ -36,8 +35,26 @@ def test_forced_skew():
     skewed = pool(2).run(routed_counts, (), True, ScaleMoEConfig(force_skew=3.0))
     for counts in skewed:
         assert counts[0] > 40, counts  # nearly every one of 48 tokens
-        assert max_over_mean(torch.tensor(counts), 2) > 1.7
+        assert sum(counts[:4]) > 0.85 * sum(counts)
     assert skewed[0] != skewed[1], "both ranks drew the same numbers"
+
+
+def zipf_shares(exponent: float) -> tuple[list[float], bool]:
+    """How often each of four experts is first, and whether the gradient passes."""
+    from megatron_scalemoe.mcore.moe_layer import zipf_logits
+
+    torch.manual_seed(0)
+    logits = torch.zeros(40_000, 4, requires_grad=True)
+    forced = zipf_logits(logits, exponent)
+    forced.sum().backward()
+    return (forced.argmax(1).bincount(minlength=4) / 40_000).tolist(), torch.equal(logits.grad, torch.ones_like(logits))
+
+
+@pytest.mark.parametrize(("exponent", "weights"), [(1.0, [1, 1 / 2, 1 / 3, 1 / 4]), (0.0, [1, 1, 1, 1])])
+def test_skew_follows_zipfs_law(exponent, weights):
+    for shares, gradient_passes in pool(2).run(zipf_shares, exponent):
+        assert shares == pytest.approx([weight / sum(weights) for weight in weights], abs=0.01)
+        assert gradient_passes
 
 
 def skewed_with_recomputation() -> float:
