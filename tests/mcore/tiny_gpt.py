@@ -143,6 +143,7 @@ def _model(config: TransformerConfig, setup: Setup) -> DistributedDataParallel:
         use_distributed_optimizer=setup.distributed_optimizer,
         overlap_param_gather=setup.overlap and setup.distributed_optimizer,
         grad_reduce_in_fp32=setup.bf16,
+        bucket_size=5000 if setup.overlap else None,  # several buckets, as large models have
     )
     return DistributedDataParallel(config, ddp_config, model)
 
