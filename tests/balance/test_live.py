@@ -15,7 +15,7 @@ CASES = {
     "ep2": (2, {"ep": 2}, 2, "shm"),
     "accumulation 4, recomputation, overlap": (2, {"ep": 2, "micro_batches": 4, "recompute": True, "overlap": True}, 8, "shm"),
     "capacity": (2, {"ep": 2, "capacity_factor": 1.0}, 4, "collective"),
-    "ep4, distributed optimizer": (4, {"ep": 4, "distributed_optimizer": True}, 8, "collective"),
+    "ep4, distributed optimizer": (4, {"ep": 4, "distributed_optimizer": True}, 12, "collective"),
     "ep2 x dp2, distributed optimizer, overlap": (4, {"ep": 2, "distributed_optimizer": True, "overlap": True}, 8, "shm"),
     "tp2 x ep2": (4, {"ep": 2, "tp": 2, "expert_tp": 2, "dispatcher": "allgather"}, 4, "shm"),
     "pp2 x ep2": (4, {"ep": 2, "pp": 2}, 2, "shm"),
