@@ -103,8 +103,10 @@ def _run_all(mutations: list[Mutation], options: argparse.Namespace) -> list[Res
 
 
 def _copied(checkout: Path, copy: Path) -> Path:
-    """The files that git knows, and the built libraries."""
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=checkout, capture_output=True, text=True, check=True).stdout.split("\0")
+    """The files that git knows or would take, and the built libraries."""
+    names = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"], cwd=checkout, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     for name in filter(None, names):
         if (checkout / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
