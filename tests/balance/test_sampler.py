@@ -187,3 +187,18 @@ def test_more_of_a_models_selections_are_local(use_history):
     else:  # smoothing makes the table cautious
         assert first["default"] < first["predicted"] < first["placed"] + 0.02
     assert first["seen"] == 16
+
+
+def placed_in_a_circle() -> int:
+    """The sample that this rank computes, where each rank's sequence is of tokens whose expert the next rank has."""
+    from megatron_scalemoe.balance.sequences.sequence_placement import BatchLayout, SequencePlacement
+
+    rank = dist.get_rank()
+    counts_RLE = 1000 * np.eye(4, dtype=np.float32)[:, None]
+    placement = SequencePlacement(BatchLayout(rank, np.arange(4)[:, None], 1, 1), group=dist.group.WORLD, owner=True)
+    placement.use(PlacementPlan.contiguous(1, 4, 4), AffinityTable(counts_RLE, 1))
+    return placement.place(np.full((1, 8), (rank + 1) % 4), np.array([rank])).item()
+
+
+def test_sequences_go_to_the_rank_of_their_experts_and_not_from_there():
+    assert pool(4).run(placed_in_a_circle) == [3, 0, 1, 2]
