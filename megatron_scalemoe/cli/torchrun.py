@@ -1,5 +1,6 @@
 """Runs a module on several local ranks, within a hard time limit, and leaves no process behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from megatron_scalemoe.environment import usable_cores
 from megatron_scalemoe.errors import ScaleMoEError
@@ -14,6 +16,14 @@ from megatron_scalemoe.errors import ScaleMoEError
 # After SIGTERM torchrun passes the signal on to its ranks; this is how long they get before SIGKILL.
 GRACE_SECONDS = 5
 LOG_TAIL_BYTES = 8000
+
+
+def result_of_ranks(module: str, arguments: list[str], *, ranks: int, timeout: float, quiet: bool) -> dict:
+    """What the ranks wrote as JSON to the `--result-file` that they get besides `arguments`; otherwise as `run_ranks`."""
+    with tempfile.TemporaryDirectory(prefix="scalemoe-") as folder:
+        result_file = Path(folder) / "result.json"
+        run_ranks(module, [*arguments, "--result-file", str(result_file)], ranks=ranks, timeout=timeout, quiet=quiet)
+        return json.loads(result_file.read_text(encoding="utf-8"))
 
 
 def run_ranks(module: str, arguments: list[str], *, ranks: int, timeout: float, quiet: bool) -> None:

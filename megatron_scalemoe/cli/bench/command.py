@@ -1,22 +1,30 @@
 """`scalemoe bench`: measurements, each with its baseline from the same run."""
 
 import argparse
-import json
-import math
 import sys
-import tempfile
 from pathlib import Path
 
 from megatron_scalemoe.cli.bench import kernels as bench_kernels
 from megatron_scalemoe.cli.bench import live as bench_live
 from megatron_scalemoe.cli.bench import solvers as bench_solvers
 from megatron_scalemoe.cli.bench import split as bench_split
-from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table
-from megatron_scalemoe.cli.torchrun import run_ranks
+from megatron_scalemoe.cli.common import (
+    CHECK_FAILED,
+    OK,
+    add_output_flags,
+    at_least,
+    check_multiple,
+    check_output,
+    check_topk,
+    emit,
+    format_table,
+    not_negative,
+    positive,
+)
+from megatron_scalemoe.cli.torchrun import result_of_ranks
 from megatron_scalemoe.cli.train_extra import require_train_extra
 from megatron_scalemoe.config import TRANSPORTS
 from megatron_scalemoe.environment import describe_environment
-from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import read_document
 from megatron_scalemoe.units import format_bytes
 
@@ -33,13 +41,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     kinds = bench.add_subparsers(title="benchmarks", metavar="WHAT", required=True)
     text = "dispatch + combine, forward and backward, against Megatron's stock alltoall dispatcher"
     parser = kinds.add_parser("dispatch", help=text, description=text, allow_abbrev=False)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens per rank (default %(default)s)")
-    parser.add_argument("--hidden", type=int, default=1024, help="hidden size (default %(default)s)")
-    parser.add_argument("--experts", type=int, default=8, help="experts in all, a multiple of --ranks (default %(default)s)")
-    parser.add_argument("--topk", type=int, default=2, help="experts per token (default %(default)s)")
-    parser.add_argument("--ranks", type=int, default=2, help="ranks on this machine = expert-parallel size (default %(default)s)")
+    parser.add_argument("--tokens", type=at_least(1), default=4096, help="tokens per rank (default %(default)s)")
+    parser.add_argument("--hidden", type=at_least(1), default=1024, help="hidden size (default %(default)s)")
+    parser.add_argument("--experts", type=at_least(1), default=8, help="experts in all, a multiple of --ranks (default %(default)s)")
+    parser.add_argument("--topk", type=at_least(1), default=2, help="experts per token (default %(default)s)")
+    parser.add_argument("--ranks", type=at_least(1), default=2, help="ranks on this machine = expert-parallel size (default %(default)s)")
     parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="fp32", help="payload type (default %(default)s)")
-    parser.add_argument("--skew", type=float, default=1.0, help="Zipf exponent of the experts' load, 0 = uniform (default %(default)s)")
+    parser.add_argument("--skew", type=not_negative, default=1.0, help="Zipf exponent of the load, 0 = uniform (default %(default)s)")
     parser.add_argument(
         "--dispatchers", nargs="+", choices=DISPATCHERS, default=list(DISPATCHERS), help=f"default all; {BASELINE} is always measured"
     )
@@ -50,10 +58,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="what `scalemoe` is measured over, each beside the others and compared bit for bit (default: collective, and shm or cuda if it"
         " can be had)",
     )
-    parser.add_argument("--iters", type=int, default=20, help="measured iterations (default %(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, help="iterations before them (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of tokens and routing (default %(default)s)")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds after which all ranks are stopped (default %(default)g)")
+    parser.add_argument("--iters", type=at_least(1), default=20, help="measured iterations (default %(default)s)")
+    parser.add_argument("--warmup", type=at_least(0), default=3, help="iterations before them (default %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of tokens and routing (default %(default)s)")
+    parser.add_argument("--timeout", type=positive, default=600, help="seconds after which all ranks are stopped (default %(default)g)")
     parser.add_argument("--result", type=Path, metavar="FILE", help=f"show what ranks started as `-m {WORKER}` wrote, instead of measuring")
     add_output_flags(parser)
     parser.set_defaults(handler=run_dispatch)
@@ -85,40 +93,19 @@ def _problems(result: dict) -> list[str]:
 
 
 def _measure(args: argparse.Namespace) -> dict:
-    validate(args)
+    check_topk(args)
+    check_multiple(args, "experts", of="ranks")
     require_train_extra("scalemoe bench dispatch")
-    with tempfile.TemporaryDirectory(prefix="scalemoe-bench-") as folder:
-        result_file = Path(folder) / "result.json"
-        arguments = worker_arguments(args, result_file)
-        run_ranks(WORKER, arguments, ranks=args.ranks, timeout=args.timeout, quiet=args.quiet)
-        return json.loads(result_file.read_text(encoding="utf-8"))
+    return result_of_ranks(WORKER, worker_arguments(args), ranks=args.ranks, timeout=args.timeout, quiet=args.quiet)
 
 
-def validate(args: argparse.Namespace) -> None:
-    """Raises `ScaleMoEError` for numbers that no dispatcher could run with."""
-    for name in ("tokens", "hidden", "experts", "topk", "ranks", "iters"):
-        if getattr(args, name) < 1:
-            raise ScaleMoEError(f"--{name} must be 1 or more", found=getattr(args, name))
-    for name in ("warmup", "seed"):
-        if getattr(args, name) < 0:
-            raise ScaleMoEError(f"--{name} must be 0 or more", found=getattr(args, name))
-    if not (math.isfinite(args.skew) and args.skew >= 0):
-        raise ScaleMoEError("--skew must be a finite number, 0 or more", found=args.skew)
-    if not (math.isfinite(args.timeout) and args.timeout > 0):
-        raise ScaleMoEError("--timeout must be a finite number of seconds above 0", found=args.timeout)
-    if args.topk > args.experts:
-        raise ScaleMoEError("--topk cannot exceed --experts", found=f"--topk {args.topk} --experts {args.experts}")
-    if args.experts % args.ranks:
-        raise ScaleMoEError("--experts must be a multiple of --ranks", found=f"--experts {args.experts} --ranks {args.ranks}")
-
-
-def worker_arguments(args: argparse.Namespace, result_file: Path) -> list[str]:
-    """The worker's command line: the same flags, the baseline first, and where to put the result."""
+def worker_arguments(args: argparse.Namespace) -> list[str]:
+    """The worker's command line: the same flags, the baseline first."""
     numbers = ("tokens", "hidden", "experts", "topk", "ranks", "dtype", "skew", "iters", "warmup", "seed", "timeout")
     flags = [part for name in numbers for part in (f"--{name}", str(getattr(args, name)))]
     dispatchers = list(dict.fromkeys([BASELINE, *args.dispatchers]))
     transports = ["--transport", *dict.fromkeys(args.transport)] if args.transport else []
-    return [*flags, "--dispatchers", *dispatchers, *transports, "--result-file", str(result_file)]
+    return [*flags, "--dispatchers", *dispatchers, *transports]
 
 
 def format_result(result: dict) -> str:

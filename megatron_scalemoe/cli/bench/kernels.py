@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 
-from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table, progress_bar
+from megatron_scalemoe.cli.common import (
+    CHECK_FAILED,
+    OK,
+    add_output_flags,
+    at_least,
+    check_output,
+    check_topk,
+    emit,
+    format_table,
+    not_negative,
+    positive,
+    progress_bar,
+)
 from megatron_scalemoe.cli.train_extra import require_train_extra
 from megatron_scalemoe.environment import describe_environment
-from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.units import format_bytes
 
 # Largest accepted `max_rel_error` against Megatron, which adds bf16 rows up in bf16.
@@ -21,26 +31,26 @@ def add_parser(kinds: argparse._SubParsersAction) -> None:
     text = "permute and unpermute, forward and backward, against plain torch and Megatron-Core: time, GB/s, fraction of a copy"
     parser = kinds.add_parser("kernels", help=text, description=text, allow_abbrev=False)
     parser.add_argument(
-        "--sizes", nargs="+", type=float, default=[1, 4, 16, 64, 256], metavar="MIB", help="MiB of permuted rows (default 1 4 16 64 256)"
+        "--sizes", nargs="+", type=positive, default=[1, 4, 16, 64, 256], metavar="MIB", help="MiB of permuted rows (default 1 4 16 64 256)"
     )
     parser.add_argument("--dtypes", nargs="+", choices=tuple(TOLERANCE), default=list(TOLERANCE), help="types of the rows (default all)")
     parser.add_argument(
-        "--skews", nargs="+", type=float, default=[0, 1.2], metavar="Z", help="Zipf exponents of the experts' load (default 0 1.2)"
+        "--skews", nargs="+", type=not_negative, default=[0, 1.2], metavar="Z", help="Zipf exponents of the experts' load (default 0 1.2)"
     )
-    parser.add_argument("--hidden", type=int, default=1024, help="hidden size (default %(default)s)")
-    parser.add_argument("--experts", type=int, default=8, help="(default %(default)s)")
-    parser.add_argument("--topk", type=int, default=2, help="experts per token (default %(default)s)")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: as torch chooses)")
-    parser.add_argument("--iters", type=int, default=15, help="measured iterations (default %(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, help="iterations before them (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of tokens and routing (default %(default)s)")
+    parser.add_argument("--hidden", type=at_least(1), default=1024, help="hidden size (default %(default)s)")
+    parser.add_argument("--experts", type=at_least(1), default=8, help="(default %(default)s)")
+    parser.add_argument("--topk", type=at_least(1), default=2, help="experts per token (default %(default)s)")
+    parser.add_argument("--threads", type=at_least(1), help="of the CPU (default: as torch chooses)")
+    parser.add_argument("--iters", type=at_least(1), default=15, help="measured iterations (default %(default)s)")
+    parser.add_argument("--warmup", type=at_least(0), default=3, help="iterations before them (default %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of tokens and routing (default %(default)s)")
     add_output_flags(parser)
     parser.set_defaults(handler=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures in this process and reports. Exit code 3 if results differ from Megatron's."""
-    validate(args)
+    check_topk(args)
     check_output(args.output, force=args.force)
     require_train_extra("scalemoe bench kernels")
     import torch
@@ -62,26 +72,6 @@ def run(args: argparse.Namespace) -> int:
     if wrong:
         print(f"check failed: {', '.join(wrong)} differ from megatron", file=sys.stderr)
     return CHECK_FAILED if wrong else OK
-
-
-def validate(args: argparse.Namespace) -> None:
-    """Raises `ScaleMoEError` for numbers that cannot be."""
-    for name in ("hidden", "experts", "topk", "iters"):
-        if getattr(args, name) < 1:
-            raise ScaleMoEError(f"--{name} must be 1 or more", found=getattr(args, name))
-    for name in ("warmup", "seed"):
-        if getattr(args, name) < 0:
-            raise ScaleMoEError(f"--{name} must be 0 or more", found=getattr(args, name))
-    if args.threads is not None and args.threads < 1:
-        raise ScaleMoEError("--threads must be 1 or more", found=args.threads)
-    if args.topk > args.experts:
-        raise ScaleMoEError("--topk cannot exceed --experts", found=f"--topk {args.topk} --experts {args.experts}")
-    for size in args.sizes:
-        if not (math.isfinite(size) and size > 0):
-            raise ScaleMoEError("--sizes must be finite numbers above 0", found=size)
-    for skew in args.skews:
-        if not (math.isfinite(skew) and skew >= 0):
-            raise ScaleMoEError("--skews must be finite numbers, 0 or more", found=skew)
 
 
 def format_result(result: dict) -> str:

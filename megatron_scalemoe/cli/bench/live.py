@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import statistics
 import sys
-import tempfile
-from pathlib import Path
 
-from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table
-from megatron_scalemoe.cli.torchrun import run_ranks
+from megatron_scalemoe.cli.common import (
+    CHECK_FAILED,
+    OK,
+    add_output_flags,
+    at_least,
+    check_multiple,
+    check_output,
+    check_topk,
+    emit,
+    format_table,
+    not_negative,
+    positive,
+)
+from megatron_scalemoe.cli.torchrun import result_of_ranks
 from megatron_scalemoe.cli.train_extra import require_train_extra
 from megatron_scalemoe.config import EXPERTS
 from megatron_scalemoe.environment import describe_environment
@@ -42,24 +50,25 @@ def add_parser(kinds: argparse._SubParsersAction) -> None:
     """Adds `bench live` to the command line."""
     text = "training with live balance (replicas, per-step split, replans) against stock Megatron: balance, experts' time, speed, loss"
     parser = kinds.add_parser("live", help=text, description=text, allow_abbrev=False)
-    for name, default, _, help_text in NUMBERS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"{help_text} (default %(default)s)")
-    parser.add_argument("--zipf", type=float, default=1.2, help="exponent of the experts' popularity (default %(default)s)")
+    for name, default, least, help_text in NUMBERS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=at_least(least), default=default, help=f"{help_text} (default %(default)s)")
+    parser.add_argument("--zipf", type=not_negative, default=1.2, help="exponent of the experts' popularity (default %(default)s)")
     parser.add_argument("--experts-module", choices=EXPERTS, default="grouped", help="of scalemoe without replicas (default %(default)s)")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds after which all ranks are stopped (default %(default)g)")
+    parser.add_argument("--timeout", type=positive, default=3600, help="seconds after which all ranks are stopped (default %(default)g)")
     add_output_flags(parser)
     parser.set_defaults(handler=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Launches the ranks and reports. Exit code 3 if the loss of a variant differs from stock's."""
-    validate(args)
+    check_multiple(args, "experts", of="ranks")
+    check_multiple(args, "replicas", of="ranks")
+    check_topk(args)
+    if args.refresh >= args.steps:
+        raise ScaleMoEError("--refresh must be less than --steps", found=f"--refresh {args.refresh} --steps {args.steps}")
     check_output(args.output, force=args.force)
     require_train_extra("scalemoe bench live")
-    with tempfile.TemporaryDirectory(prefix="scalemoe-bench-") as folder:
-        result_file = Path(folder) / "result.json"
-        run_ranks(WORKER, worker_arguments(args, result_file), ranks=args.ranks, timeout=args.timeout, quiet=args.quiet)
-        result = json.loads(result_file.read_text(encoding="utf-8"))
+    result = result_of_ranks(WORKER, worker_arguments(args), ranks=args.ranks, timeout=args.timeout, quiet=args.quiet)
     result["env"] = {**describe_environment(["scalemoe", *sys.argv[1:]]), **result.get("env", {})}
     emit(args, result, format_result(result))
     wrong = [row["variant"] for row in result["rows"] if not row["max_loss_error"] <= TOLERANCE]
@@ -68,29 +77,10 @@ def run(args: argparse.Namespace) -> int:
     return CHECK_FAILED if wrong else OK
 
 
-def validate(args: argparse.Namespace) -> None:
-    """Raises `ScaleMoEError` for numbers that no run could have."""
-    for name, _, least, _ in NUMBERS:
-        if getattr(args, name) < least:
-            raise ScaleMoEError(f"--{name.replace('_', '-')} must be {least} or more", found=getattr(args, name))
-    for name in ("experts", "replicas"):
-        if getattr(args, name) % args.ranks:
-            raise ScaleMoEError(f"--{name} must be a multiple of --ranks", found=f"--{name} {getattr(args, name)} --ranks {args.ranks}")
-    if args.topk > args.experts:
-        raise ScaleMoEError("--topk cannot exceed --experts", found=f"--topk {args.topk} --experts {args.experts}")
-    if args.refresh >= args.steps:
-        raise ScaleMoEError("--refresh must be less than --steps", found=f"--refresh {args.refresh} --steps {args.steps}")
-    if not (math.isfinite(args.zipf) and args.zipf >= 0):
-        raise ScaleMoEError("--zipf must be a finite number, 0 or more", found=args.zipf)
-    if not (math.isfinite(args.timeout) and args.timeout > 0):
-        raise ScaleMoEError("--timeout must be a finite number of seconds above 0", found=args.timeout)
-
-
-def worker_arguments(args: argparse.Namespace, result_file: Path) -> list[str]:
-    """The worker's command line: the same flags, and where to put the result."""
+def worker_arguments(args: argparse.Namespace) -> list[str]:
+    """The worker's command line: the same flags."""
     names = (*(name for name, *_ in NUMBERS), "zipf", "experts_module", "timeout")
-    flags = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-    return [*flags, "--result-file", str(result_file)]
+    return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
 
 
 def format_result(result: dict) -> str:

@@ -54,18 +54,6 @@ def test_another_result_fails_the_check(error, capsys, monkeypatch):
     assert "check failed: torch (permute, bf16) differ from megatron" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--hidden", "0"], "--hidden must be 1 or more"),
-        (["--iters", "0"], "--iters must be 1 or more"),
-        (["--threads", "0"], "--threads must be 1 or more"),
-        (["--seed", "-1"], "--seed must be 0 or more"),
-        (["--topk", "9"], "--topk cannot exceed --experts"),
-        (["--sizes", "1", "inf"], "--sizes must be finite numbers above 0"),
-        (["--skews", "-1"], "--skews must be finite numbers"),
-    ],
-)
-def test_impossible_numbers_are_user_errors(flags, message, capsys):
-    assert main([*SMALL, *flags]) == 1
-    assert message in capsys.readouterr().err
+def test_more_experts_per_token_than_there_are(capsys):
+    assert main([*SMALL, "--topk", "9"]) == 1
+    assert "--topk cannot exceed --experts" in capsys.readouterr().err
