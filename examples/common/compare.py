@@ -14,16 +14,17 @@ from results import RunLog
 from steps import Data, evaluate, train_step
 from task import Task
 
-from megatron_scalemoe.bench.measure import Measurement, RoutedTokens, make_dispatchers, measure_dispatchers
+from megatron_scalemoe.bench.measure import Measurement, RoutedTokens, measure_dispatchers
 from megatron_scalemoe.cli.common import format_table
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.mcore.checkpoint.checkpoint import load_checkpoint
+from megatron_scalemoe.mcore.stock import make_dispatchers
 from megatron_scalemoe.units import format_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One line of the table: its label, the name it has in `bench.measure`, and how its model is built."""
+    """One line of the table: its label, the name it has in `mcore.stock.make_dispatchers`, and how its model is built."""
 
     label: str
     dispatcher: str

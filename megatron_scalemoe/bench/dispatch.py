@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
+import functools
 import os
 import pathlib
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+
+from megatron_scalemoe.bench.worker import describe_device, run_worker, use_megatron
 
 if TYPE_CHECKING:
     from megatron_scalemoe.dispatch.transport_choice import CallSizes
@@ -21,52 +22,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def main() -> None:
     args = _parse_args()
-    on_cuda = torch.cuda.is_available()
-    if on_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:
-        from megatron_scalemoe.mcore import cpu_ranks
-
-        cpu_ranks.install()
-    backend = "nccl" if on_cuda else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=args.timeout))
-    try:
-        result = _bench(args, backend)
-        if dist.get_rank() == 0:
-            args.result_file.write_text(json.dumps(result))
-    finally:
-        dist.destroy_process_group()
+    use_megatron()
+    run_worker(functools.partial(_bench, args), args.result_file, args.timeout)
 
 
-def _bench(args: argparse.Namespace, backend: str) -> dict:
-    from megatron.core import parallel_state
-    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_scalemoe.bench.measure import deduplicated_bytes, make_dispatchers, measure_dispatchers, same_bits
+def _bench(args: argparse.Namespace) -> dict:
+    from megatron_scalemoe.bench.measure import deduplicated_bytes, measure_dispatchers, same_bits
     from megatron_scalemoe.config import ScaleMoEConfig
     from megatron_scalemoe.dispatch.transport_choice import CallSizes
+    from megatron_scalemoe.mcore.stock import expert_parallel_groups, make_dispatchers, one_layer_config
 
     ranks = dist.get_world_size()
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=args.hidden,
-        num_attention_heads=1,
-        moe_ffn_hidden_size=args.hidden,  # no experts are built; Megatron warns without it
-        num_moe_experts=args.experts,
-        moe_router_topk=args.topk,
-        moe_router_pre_softmax=True,  # top-1 needs it; nothing is routed here
-        moe_token_dispatcher_type="alltoall",
-        expert_model_parallel_size=ranks,
-        add_bias_linear=False,
-    )
-    groups = get_default_pg_collection()
+    groups = expert_parallel_groups(ranks)
     routed = make_routed_tokens(args.tokens, args.hidden, args.experts, args.topk, args.skew, DTYPES[args.dtype], args.seed)
     names, ours = [name for name in args.dispatchers if name != "scalemoe"], []
     if "scalemoe" in args.dispatchers:
         sizes = CallSizes(args.tokens, args.hidden, routed.x.dtype, args.topk)
         ours = [f"scalemoe {transport}" for transport in _transports(args.transport, groups.tp_ep, sizes)]
+    config = one_layer_config(args.hidden, args.experts, args.topk, ranks)
     dispatchers = make_dispatchers(names + ours, config, ScaleMoEConfig(), groups)
     measured = measure_dispatchers(dispatchers, [routed], iters=args.iters, warmup=args.warmup)
     rows = []
@@ -78,11 +51,7 @@ def _bench(args: argparse.Namespace, backend: str) -> dict:
     result = {"rows": rows, "deduplicated_bytes_dispatch": deduplicated_bytes(routed, groups.ep)}
     if len(ours) > 1:
         result["transports_same_bits"] = same_bits([dispatchers[name] for name in ours], [routed])
-    device = torch.cuda.get_device_name() if backend == "nccl" else "cpu"
-    return {
-        **result,
-        "env": {"device": device, "backend": backend, "threads_per_rank": torch.get_num_threads(), "malloc": _malloc_settings()},
-    }
+    return {**result, "env": {**describe_device(), "backend": dist.get_backend(), "malloc": _malloc_settings()}}
 
 
 def _transports(asked: list[str] | None, group: dist.ProcessGroup, sizes: CallSizes) -> list[str]:

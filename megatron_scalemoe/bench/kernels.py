@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
+from megatron_scalemoe.bench.worker import synchronize
+from megatron_scalemoe.mcore.stock import stock_permute, stock_unpermute
 from megatron_scalemoe.ops import native
 from megatron_scalemoe.ops.permute import RowMap, permute, row_map, unpermute
 
@@ -92,7 +93,7 @@ def measure_case(case: Case, iters: int, warmup: int) -> list[dict]:
     rows = []
     for op, of_contender in MEASURED.items():
         timed = {**of_contender(case), **_copies(case)}
-        times_ms = _times_in_turns(timed, case.x.is_cuda, iters, warmup)
+        times_ms = _times_in_turns(timed, iters, warmup)
         median_ms = {name: statistics.median(times) for name, times in times_ms.items()}
         results = {name: function(start()) for name, (start, function) in timed.items() if name in CONTENDERS}
         rows += [
@@ -166,14 +167,10 @@ class _ByTorch(torch.autograd.Function):
         return ctx.transpose(grad, ctx.rows), None, None, None
 
 
-def _permute_megatron(x: Tensor, probs: Tensor, routing_map: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    return moe_utils.permute(x, routing_map, probs, num_out_tokens=num_rows)
-
-
 CONTENDERS = {
     "scalemoe": Contender(_permute_ours, lambda rows, map, num_tokens: unpermute(rows, map)),
     "torch": Contender(_permute_torch, lambda rows, map, num_tokens: _ByTorch.apply(rows, map, _segment_sums, _gather)),
-    "megatron": Contender(_permute_megatron, lambda rows, map, num_tokens: moe_utils.unpermute(rows, map, (num_tokens, rows.shape[1]))),
+    "megatron": Contender(stock_permute, stock_unpermute),
 }
 
 
@@ -249,13 +246,12 @@ def _copies(case: Case) -> dict[str, Timed]:
     }
 
 
-def _times_in_turns(timed: dict[str, Timed], on_cuda: bool, iters: int, warmup: int) -> dict[str, list[float]]:
+def _times_in_turns(timed: dict[str, Timed], iters: int, warmup: int) -> dict[str, list[float]]:
     """Milliseconds of each, one after the other in every iteration, so that a drift of the machine's speed hits all alike.
 
     Each time in another order: who comes after whom decides what it finds in the caches.
     """
     order = random.Random(0)
-    synchronize = torch.cuda.synchronize if on_cuda else lambda: None
     times_ms: dict[str, list[float]] = {name: [] for name in timed}
     for iteration in range(warmup + iters):
         for name, (start, function) in order.sample(list(timed.items()), len(timed)):

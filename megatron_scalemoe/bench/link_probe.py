@@ -5,9 +5,8 @@ too: `torchrun ... -m megatron_scalemoe.bench.link_probe --result-file probe.jso
 from __future__ import annotations
 
 import argparse
-import datetime
+import functools
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -17,6 +16,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from megatron_scalemoe.bench.worker import run_worker, synchronize
+
 DEFAULT_SIZES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 # The answer to each message: as small as can be, so that its time is latency alone.
 ACK_BYTES = 1
@@ -25,16 +26,8 @@ VISITS = 5
 
 def main() -> None:
     args = _parse_args()
-    on_cuda = torch.cuda.is_available()
-    if on_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=datetime.timedelta(seconds=args.timeout))
-    try:
-        result = probe_pairs(args.sizes, iters=args.iters, warmup=args.warmup)
-        if dist.get_rank() == 0:
-            args.result_file.write_text(json.dumps(result))
-    finally:
-        dist.destroy_process_group()
+    measure = functools.partial(probe_pairs, args.sizes, iters=args.iters, warmup=args.warmup)
+    run_worker(measure, args.result_file, args.timeout)
 
 
 def probe_pairs(sizes: list[int], *, iters: int, warmup: int) -> dict:
@@ -94,7 +87,7 @@ def _round_trips_us(source: int, destination: int, size: int, device: torch.devi
     sends = dist.get_rank() == source
     times = []
     for _ in range(warmup + iters):
-        _synchronize(device)
+        synchronize()
         start = time.perf_counter()
         if sends:
             dist.send(message, destination)
@@ -102,14 +95,9 @@ def _round_trips_us(source: int, destination: int, size: int, device: torch.devi
         else:
             dist.recv(message, source)
             dist.send(answer, source)
-        _synchronize(device)
+        synchronize()
         times.append((time.perf_counter() - start) * 1e6)
     return times[warmup:]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _parse_args() -> argparse.Namespace:

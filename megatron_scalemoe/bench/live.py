@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
-import os
+import functools
 import pathlib
 import time
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
+from megatron_scalemoe.bench.worker import describe_device, run_worker, synchronize, use_megatron
 from megatron_scalemoe.config import EXPERTS, ScaleMoEConfig
 
 # Takes turns with the others; the last one trains afterwards, as its planner computes beside the steps.
@@ -34,36 +32,38 @@ class StepRecord:
     calls_C3: list[list[float]]
 
 
-class Run:
-    """One variant: its training, with live balance if it has replicas, and the record of its steps."""
+class Variant:
+    """One of what is compared: its training, with live balance if it has replicas, and the record of its steps."""
 
     def __init__(self, args: argparse.Namespace, scalemoe: ScaleMoEConfig | None):
-        from megatron_scalemoe.bench.live_model import BenchTraining
+        from megatron_scalemoe.bench.expert_meter import ExpertMeter
         from megatron_scalemoe.mcore.live_model import live_balance
+        from megatron_scalemoe.mcore.small_gpt import SmallGPTTraining
 
-        self._training = training = BenchTraining(args, scalemoe)
+        self._training = training = SmallGPTTraining(args, scalemoe)
+        self._meter = ExpertMeter(training.moe_layers)
         self.live = None
         if scalemoe is not None and scalemoe.replicas:
             chunks = [training.model]
             self.live = live_balance(
                 chunks, training.optimizer, training.config, scalemoe, micro_batches=args.micro_batches, say=lambda _: None
             )
-        training.meter.take()  # live balance has measured the experts
+        self._meter.take()  # live balance has measured the experts
         self.records: list[StepRecord] = []
 
     def step(self, iteration: int) -> None:
         """Train one step and record it."""
         replica_s = self._replica_s()
         dist.barrier()
-        _synchronize()
+        synchronize()
         began = time.perf_counter()
         loss = self._training.step(iteration)
-        _synchronize()
+        synchronize()
         trained = time.perf_counter()
         if self.live is not None:
             self.live.step_done(iteration)
         ended = time.perf_counter()
-        calls_C3 = self._training.meter.take()
+        calls_C3 = self._meter.take()
         self.records.append(StepRecord(float(loss), ended - began, ended - trained, self._replica_s() - replica_s, calls_C3))
 
     def _replica_s(self) -> float:
@@ -72,34 +72,20 @@ class Run:
 
 def main() -> None:
     args = _parse_args()
-    on_cuda = torch.cuda.is_available()
-    if on_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:
-        from megatron_scalemoe.mcore import cpu_ranks
-
-        cpu_ranks.install()
-    from megatron.core import parallel_state
-
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=datetime.timedelta(seconds=args.timeout))
-    try:
-        parallel_state.initialize_model_parallel(expert_model_parallel_size=args.ranks, create_gloo_process_groups=on_cuda)
-        result = _bench(args)
-        device = torch.cuda.get_device_name() if on_cuda else "cpu"
-        result["env"] = {"device": device, "threads_per_rank": torch.get_num_threads()}
-        if dist.get_rank() == 0:
-            args.result_file.write_text(json.dumps(result))
-    finally:
-        dist.destroy_process_group()
+    use_megatron()
+    run_worker(functools.partial(_bench, args), args.result_file, args.timeout)
 
 
 def _bench(args: argparse.Namespace) -> dict:
+    from megatron_scalemoe.mcore.stock import expert_parallel_groups
+
+    expert_parallel_groups(args.ranks)
     # counts of each step, so that the planner sees how they drift
     placing = {"replicas": args.replicas, "trace_interval": 1}
     runs = {
-        STOCK: Run(args, None),
-        BARE: Run(args, ScaleMoEConfig(experts=args.experts_module)),
-        LIVE: Run(args, ScaleMoEConfig(**placing, replan_interval=args.steps + 1)),
+        STOCK: Variant(args, None),
+        BARE: Variant(args, ScaleMoEConfig(experts=args.experts_module)),
+        LIVE: Variant(args, ScaleMoEConfig(**placing, replan_interval=args.steps + 1)),
     }
     plans = []
     for iteration in range(1, args.steps + 1):
@@ -110,7 +96,7 @@ def _bench(args: argparse.Namespace) -> dict:
             runs[LIVE].live.replan_now(iteration)
             plans.append({"waited_s": time.perf_counter() - began, **_last_replan(runs[LIVE])})
     runs[LIVE].live.close()
-    runs[BACKGROUND] = Run(args, ScaleMoEConfig(**placing, replan_interval=args.refresh))
+    runs[BACKGROUND] = Variant(args, ScaleMoEConfig(**placing, replan_interval=args.refresh))
     for iteration in range(1, args.steps + 1):
         runs[BACKGROUND].step(iteration)
     runs[BACKGROUND].live.close()
@@ -120,10 +106,10 @@ def _bench(args: argparse.Namespace) -> dict:
     # before the first plan there are no replicas; the planner beside training answers some steps later
     first = dict.fromkeys(runs, args.refresh) | {BACKGROUND: next((plan["iteration"] for plan in plans_beside), args.refresh)}
     rows = [summarize(name, gathered, min(first[name], args.steps - 1), tokens) for name in runs]
-    return {"rows": rows, "plans": plans, "plans_beside": plans_beside}
+    return {"rows": rows, "plans": plans, "plans_beside": plans_beside, "env": describe_device()}
 
 
-def _last_replan(run: Run) -> dict:
+def _last_replan(run: Variant) -> dict:
     """What the planner said, or that it failed."""
     return next(event for event in reversed(run.live.events) if event["event"] != "interval")
 
@@ -171,29 +157,10 @@ def summarize(name: str, gathered: dict[str, dict[str, np.ndarray]], warmup: int
     return row | {"step_ms": step_s * 1e3, "tokens_per_s": tokens / step_s, "ratio_to_stock": step_s / stock_step_s}
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def _parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    sizes = (
-        "ranks",
-        "experts",
-        "topk",
-        "hidden",
-        "ffn",
-        "layers",
-        "seq",
-        "micro-batch",
-        "micro-batches",
-        "replicas",
-        "steps",
-        "refresh",
-        "seed",
-    )
-    for name in sizes:
+    sizes = "ranks experts topk hidden ffn layers seq micro-batch micro-batches replicas steps refresh seed"
+    for name in sizes.split():
         parser.add_argument(f"--{name}", type=int, required=True)
     for name in ("zipf", "timeout"):
         parser.add_argument(f"--{name}", type=float, required=True)

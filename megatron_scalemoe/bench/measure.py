@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.token_dispatcher import (
-    MoEAllGatherTokenDispatcher,
-    MoEAlltoAllTokenDispatcher,
-    MoETokenDispatcher,
-)
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_scalemoe.config import TRANSPORTS, ScaleMoEConfig
-from megatron_scalemoe.mcore.token_dispatcher import ScaleMoETokenDispatcher
+from megatron_scalemoe.bench.worker import synchronize
+from megatron_scalemoe.mcore.stock import MoETokenDispatcher
 from megatron_scalemoe.ops.wire import WireMeter
-
-DISPATCHERS = ("alltoall", "allgather", "padded", "scalemoe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,27 +34,6 @@ class Measurement:
     bytes_out: int
     bytes_out_dispatch: int
     max_rel_error: float
-
-
-def make_dispatchers(
-    names: Sequence[str], config: TransformerConfig, scalemoe: ScaleMoEConfig, pg_collection: ProcessGroupCollection
-) -> dict[str, MoETokenDispatcher]:
-    """Token dispatchers by name: Megatron's `alltoall` and `allgather`, our `padded` baseline, and `scalemoe` as configured.
-
-    `scalemoe TRANSPORT` is the same over this transport. Collective over the dispatch group.
-    """
-    num_local = config.num_moe_experts // pg_collection.ep.size()
-    local = [pg_collection.ep.rank() * num_local + i for i in range(num_local)]
-    makers: dict[str, Callable[[], MoETokenDispatcher]] = {
-        "alltoall": lambda: MoEAlltoAllTokenDispatcher(num_local, local, config=config, pg_collection=pg_collection),
-        "allgather": lambda: MoEAllGatherTokenDispatcher(num_local, local, config=config, pg_collection=pg_collection),
-        "padded": lambda: ScaleMoETokenDispatcher(ScaleMoEConfig(dispatch="padded"), config, pg_collection),
-        "scalemoe": lambda: ScaleMoETokenDispatcher(scalemoe, config, pg_collection),
-    }
-    for transport in TRANSPORTS:
-        over_it = scalemoe.replaced(transport=transport)
-        makers[f"scalemoe {transport}"] = functools.partial(ScaleMoETokenDispatcher, over_it, config, pg_collection)
-    return {name: makers[name]() for name in names}
 
 
 def measure_dispatchers(
@@ -129,16 +98,16 @@ def _timed_ms(dispatcher: MoETokenDispatcher, routed: RoutedTokens) -> float:
     """Forward and backward of one dispatch and combine, on the slowest rank."""
     x, probs = _leaves(routed)
     dist.barrier()
-    _synchronize(x)
+    synchronize()
     start = time.perf_counter()
     y, row_probs = _forward(dispatcher, x, probs, routed.routing_map, _identity)
-    _synchronize(x)
+    synchronize()
     forward_s = time.perf_counter() - start
     gradients = [torch.ones_like(y), torch.ones_like(row_probs)]  # not the dispatcher's work
-    _synchronize(x)
+    synchronize()
     start = time.perf_counter()
     torch.autograd.backward([y, row_probs], gradients)
-    _synchronize(x)
+    synchronize()
     elapsed = torch.tensor((forward_s + time.perf_counter() - start) * 1e3, dtype=torch.float64, device=x.device)
     dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
     return float(elapsed)
@@ -183,11 +152,6 @@ def _identity(rows: Tensor, row_probs: Tensor) -> Tensor:
 
 def _times_probs(rows: Tensor, row_probs: Tensor) -> Tensor:
     return (rows * row_probs[:, None]).to(rows.dtype)
-
-
-def _synchronize(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
 
 
 def _sum_over_ranks(value: int) -> int:

@@ -237,8 +237,9 @@ def measured_over_transports(spoil: bool) -> tuple[bool, dict[str, int], float]:
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
     from megatron_scalemoe.bench.dispatch import make_routed_tokens
-    from megatron_scalemoe.bench.measure import make_dispatchers, measure_dispatchers, same_bits
+    from megatron_scalemoe.bench.measure import measure_dispatchers, same_bits
     from megatron_scalemoe.config import ScaleMoEConfig
+    from megatron_scalemoe.mcore.stock import make_dispatchers
     from tests.mcore.megatron_case import LayerCase, initialize, transformer_config
 
     initialize(tp=1, ep=2, expert_tp=1)

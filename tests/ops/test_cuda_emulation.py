@@ -12,7 +12,6 @@ import subprocess
 import pytest
 import torch
 
-from megatron_scalemoe.bench.cuda import bench_virtual_ranks
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.transports.cuda import Limits, gather_rows, sum_rows
 from tests.ops.emulated import (
@@ -351,11 +350,3 @@ def test_planted_mistakes_are_found(objects, tmp_path, name):
     result = run_check(objects, tmp_path / "cuda", tmp_path, by, 3 if by == "race" else 12, seed=1)
     assert result.returncode != 0, "not found"
     assert ("is wrong: rank" if by == "result" else "ThreadSanitizer: data race") in result.stderr
-
-
-def test_bench_of_virtual_ranks_runs_on_the_emulation(library):
-    """Its figures mean nothing here, but every call is the GPU's."""
-    sizes = {"num_ranks": 2, "hidden": 64, "experts": 4, "topk": 2, "iters": 2, "warmup": 0}
-    rows = list(bench_virtual_ranks(library, torch.device("cpu"), [1 / 64], **sizes))
-    assert [row["op"] for row in rows] == ["dispatch push", "dispatch receive", "combine push", "combine receive"]
-    assert all(row["bytes_permuted"] == 2**14 and row["gb_per_s"] > 0 and row["of_copy"] > 0 for row in rows)

@@ -1,4 +1,4 @@
-"""The training runs that `scalemoe bench live` compares: one small GPT-MoE, by stock Megatron or by ours, with skewed routing."""
+"""A small GPT-MoE with skewed routing that trains, by stock Megatron or by ours: what `scalemoe bench live` compares."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import math
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -18,7 +17,6 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_scalemoe.bench.expert_meter import ExpertMeter
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.mcore.specs import use_scalemoe
 
@@ -30,7 +28,7 @@ _HEAD_SIZE, _LARGEST_STRIDE = 64, 4
 _GUMBEL_STD = math.pi / math.sqrt(6)
 
 
-class BenchTraining:
+class SmallGPTTraining:
     """Model and optimizer of one run. Every run with the same arguments starts with the same weights and sees the same tokens.
 
     scalemoe: None for stock Megatron (alltoall, SequentialMLP).
@@ -45,10 +43,9 @@ class BenchTraining:
         if scalemoe is not None:
             spec = use_scalemoe(spec, scalemoe)
         model = GPTModel(self.config, spec, VOCABULARY, args.seq, position_embedding_type="rope").to(torch.cuda.current_device())
-        layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-        for number, layer in enumerate(layers):
-            _skew(layer.router, args.zipf, [args.seed, number])
-        self.meter = ExpertMeter(layers)
+        self.moe_layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        for number, layer in enumerate(self.moe_layers):
+            _skew(layer.router, args.zipf, 1000 * args.seed + number)
         self.model = DistributedDataParallel(self.config, DistributedDataParallelConfig(), model)
         optimizer = OptimizerConfig(optimizer="adam", lr=LEARNING_RATE, min_lr=LEARNING_RATE, weight_decay=0.01, clip_grad=1.0)
         self.optimizer = get_megatron_optimizer(optimizer, [self.model], use_gloo_process_groups=torch.cuda.is_available())
@@ -94,10 +91,10 @@ def _config(args: argparse.Namespace) -> TransformerConfig:
     )
 
 
-def _skew(router: torch.nn.Module, zipf: float, seed: list[int]) -> None:
+def _skew(router: torch.nn.Module, zipf: float, seed: int) -> None:
     """Adds -zipf log(r) to the logits of the expert of popularity r = 1, 2, ... (in a random order), whose own part is first scaled to the
     spread at which the largest k are about draws from that Zipf law. Which experts a token gets is still the model's own affair."""
-    generator = torch.Generator().manual_seed(1000 * seed[0] + seed[1])
+    generator = torch.Generator().manual_seed(seed)
     popularity_E = torch.randperm(router.config.num_moe_experts, generator=generator) + 1
     bias_E = (-zipf * popularity_E.log()).to(torch.cuda.current_device())
     # normalised inputs times weights of the initial spread
@@ -116,7 +113,7 @@ def _micro_batches(args: argparse.Namespace, iteration: int):
     start = torch.randint(0, VOCABULARY, (samples, 1), generator=generator)
     stride = torch.randint(1, _LARGEST_STRIDE + 1, (samples, 1), generator=generator)
     tokens = (start + stride * torch.arange(args.seq + 1)) % VOCABULARY
-    mine = tokens.chunk(args.ranks)[parallel_state.get_data_parallel_rank()]
+    mine = tokens.chunk(args.ranks)[torch.distributed.get_rank()]  # all are data-parallel
     return iter(mine.to(torch.cuda.current_device()).chunk(args.micro_batches))
 
 
