@@ -142,11 +142,8 @@ def interrupted(directory: Path) -> dict:
         genuine(state, path, *args, **kwargs)
         raise OSError("No space left on device")
 
-    checkpoint.serialization.save = fail
-    try:
+    with mock.patch.object(checkpoint.serialization, "save", fail):
         message = refusal(lambda: save(training, directory))
-    finally:
-        checkpoint.serialization.save = genuine
     _, kept = load(directory, Setup(ep=2))
     save(training, directory)
     save(training, directory)
@@ -166,7 +163,7 @@ def planted(directory: Path, options: dict) -> dict[str, str]:
         save(training, directory)
     messages = {}
     for mistake in (_swap_moments, _swap_main_parameters):
-        with mock.patch.object(checkpoint.checkpoint_optimizer, "load_optimizer_state", _followed_by(mistake)):
+        with mock.patch.object(checkpoint, "load_optimizer_state", _followed_by(mistake)):
             messages[mistake.__name__] = refusal(lambda: load(directory, Setup(**options)))
     shards = sorted(file.name for file in (directory / "iter_0000002").glob("__*.distcp"))
     _on_first_rank(lambda: shutil.copy(directory / "iter_0000001" / shards[-1], directory / "iter_0000002" / shards[-1]))
@@ -175,7 +172,7 @@ def planted(directory: Path, options: dict) -> dict[str, str]:
 
 
 def _followed_by(mistake: Callable[[object], None]) -> Callable:
-    genuine = checkpoint.checkpoint_optimizer.load_optimizer_state
+    genuine = checkpoint.load_optimizer_state
 
     def load_wrongly(optimizer, *args):
         genuine(optimizer, *args)
@@ -216,11 +213,8 @@ def refused_support() -> list[str]:
     inner = training.optimizer.chained_optimizers[0]
     inner.optimizer = torch.optim.SGD(inner.optimizer.param_groups, lr=1.0)
     messages.append(refusal(lambda: checkpoint.check_checkpoint_support(training.optimizer)))
-    checkpoint.filesystem_async.HAVE_PSUTIL = False
-    try:
+    with mock.patch.object(checkpoint.filesystem_async, "HAVE_PSUTIL", False):
         messages.append(refusal(lambda: save(training, Path("never written"))))
-    finally:
-        checkpoint.filesystem_async.HAVE_PSUTIL = True
     return messages
 
 

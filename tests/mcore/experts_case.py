@@ -22,10 +22,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_scalemoe.config import ScaleMoEConfig
-from megatron_scalemoe.errors import ScaleMoEError  # noqa: F401
 from megatron_scalemoe.mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint  # noqa: F401
 from megatron_scalemoe.mcore.experts import ScaleMoEGroupedMLP
-from megatron_scalemoe.mcore.support import check_supported  # noqa: F401
 
 GROUPED = ScaleMoEConfig(experts="grouped")
 

@@ -28,43 +28,46 @@ def _difference(a, b) -> float:
     return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-20))
 
 
-def check(world_size: int, values: dict) -> None:
-    tolerance = 1e-2 if values.get("dtype") is torch.bfloat16 else 1e-6
-    for rank, differences in enumerate(pool(world_size).run(compare, values)):
-        assert len(differences) > 3
-        too_large = {name: value for name, value in differences.items() if not value <= tolerance}
-        assert not too_large, f"rank {rank}: {too_large}"
+def compare_all(cases: list[dict]) -> list[dict[str, float]]:
+    return [compare(values) for values in cases]
 
 
-@pytest.mark.parametrize(("baseline", "transport"), [("alltoall", "shm"), ("alltoall", "collective"), ("allgather", "shm")])
+def check(world_size: int, *cases: dict) -> None:
+    for rank, differences in enumerate(pool(world_size).run(compare_all, cases)):
+        for values, of_case in zip(cases, differences, strict=True):
+            tolerance = 1e-2 if values.get("dtype") is torch.bfloat16 else 1e-6
+            assert len(of_case) > 3
+            too_large = {name: value for name, value in of_case.items() if not value <= tolerance}
+            assert not too_large, f"rank {rank}, {values}: {too_large}"
+
+
+OURS = [{"transport": "shm"}, {"transport": "collective"}, {"dispatch": "padded"}]
+
+
 @pytest.mark.parametrize(("world_size", "ep"), [(2, 1), (2, 2), (4, 2), (4, 4)])
-def test_expert_parallel_sizes(world_size, ep, baseline, transport):
-    check(world_size, {"ep": ep, "baseline": baseline, "scalemoe": ScaleMoEConfig(transport=transport)})
+def test_expert_parallel_sizes(world_size, ep):
+    check(world_size, *({"ep": ep, "scalemoe": ScaleMoEConfig(**options)} for options in OURS))
 
 
-@pytest.mark.parametrize("skew", [0.0, 1.0, 1.5])
+def test_allgather_dispatcher_as_baseline():
+    check(4, {"ep": 4, "baseline": "allgather"}, {"ep": 2, "baseline": "allgather"})
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 8])
-def test_top_k_and_skew(top_k, skew):
+def test_top_k_and_skew(top_k):
     options = (("moe_router_pre_softmax", True),) if top_k == 1 else ()
-    check(2, {"ep": 2, "top_k": top_k, "skew": skew, "options": options})
+    check(2, *({"top_k": top_k, "skew": skew, "options": options} for skew in (0.0, 1.5)))
 
 
-@pytest.mark.parametrize("options", [{"transport": "shm"}, {"transport": "collective"}, {"dispatch": "padded"}], ids=str)
-@pytest.mark.parametrize("ep", [2, 4])
-def test_bf16(ep, options):
-    check(ep, {"ep": ep, "dtype": torch.bfloat16, "scalemoe": ScaleMoEConfig(**options)})
+def test_bf16():
+    check(4, *({"ep": 4, "dtype": torch.bfloat16, "scalemoe": ScaleMoEConfig(**options)} for options in OURS))
 
 
-def test_padded_dispatch():
-    check(4, {"ep": 4, "scalemoe": ScaleMoEConfig(dispatch="padded")})
-
-
-@pytest.mark.parametrize("transport", ["shm", "collective"])
 @pytest.mark.parametrize(("tp", "ep", "expert_tp"), [(2, 2, 2), (2, 4, 1), (2, 2, 1), (2, 1, 2)])
-def test_tensor_parallel(tp, ep, expert_tp, transport):
+def test_tensor_parallel(tp, ep, expert_tp):
     # stock alltoall cannot gather uneven expert-TP shards over gloo
-    baseline = "allgather" if expert_tp > 1 else "alltoall"
-    check(4, {"tp": tp, "ep": ep, "expert_tp": expert_tp, "baseline": baseline, "scalemoe": ScaleMoEConfig(transport=transport)})
+    case = {"tp": tp, "ep": ep, "expert_tp": expert_tp, "baseline": "allgather" if expert_tp > 1 else "alltoall"}
+    check(4, *({**case, "scalemoe": ScaleMoEConfig(**options)} for options in OURS[:2]))
 
 
 OPTIONS = {
@@ -89,18 +92,12 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("transport", ["shm", "collective"])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options(name, transport):
-    check(2, {"ep": 2, "options": OPTIONS[name], "scalemoe": ScaleMoEConfig(transport=transport)})
-
-
-def empty_or_tiny(case_values: dict) -> dict[str, float]:
-    return compare({**case_values, "seq": 1, "batch": 1})
+def test_options(transport):
+    check(2, *({"options": options, "scalemoe": ScaleMoEConfig(transport=transport)} for options in OPTIONS.values()))
 
 
 def test_a_single_token_per_rank():
-    for differences in pool(4).run(empty_or_tiny, {"ep": 4, "top_k": 1, "options": (("moe_router_pre_softmax", True),)}):
-        assert max(differences.values()) <= 1e-6
+    check(4, {"ep": 4, "top_k": 1, "seq": 1, "batch": 1, "options": (("moe_router_pre_softmax", True),)})
 
 
 def off_means_off() -> list[str]:

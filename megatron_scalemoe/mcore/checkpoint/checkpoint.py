@@ -16,23 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.mcore.checkpoint import checksums as checkpoint_checksums
-from megatron_scalemoe.mcore.checkpoint import directory as checkpoint_files
-from megatron_scalemoe.mcore.checkpoint import layout as checkpoint_layout
-from megatron_scalemoe.mcore.checkpoint import optimizer as checkpoint_optimizer
-from megatron_scalemoe.mcore.checkpoint import rng as checkpoint_rng
-from megatron_scalemoe.mcore.checkpoint.checksums import CHECKSUMS_KEY
+from megatron_scalemoe.mcore.checkpoint.checksums import CHECKSUMS_KEY, check_state, state_checksums
+from megatron_scalemoe.mcore.checkpoint.directory import find_checkpoint, publish, start_writing
+from megatron_scalemoe.mcore.checkpoint.layout import check_optimizer_layout, expert_order
+from megatron_scalemoe.mcore.checkpoint.optimizer import (
+    FULLY_RESHARDABLE,
+    check_optimizer,
+    is_distributed,
+    load_optimizer_state,
+    prepare_optimizer_state,
+    sharded_optimizer_state,
+)
+from megatron_scalemoe.mcore.checkpoint.rng import restore_rng_state, sharded_rng_state
 
 _RESERVED = ("checkpoint_version", "iteration", "optimizer", "opt_param_scheduler", "rng_state", "content_metadata", CHECKSUMS_KEY)
 _OPTIMIZER_PARTS = "optimizer_parts"  # beside the checkpoint's own nesting of the optimizer, which depends on its expert-parallel size
@@ -54,7 +60,7 @@ def check_checkpoint_support(optimizer: Any = None) -> None:
     if not filesystem_async.HAVE_PSUTIL:  # on GPUs the library's writer process would die, and its parent wait for ever
         raise ScaleMoEError("saving a checkpoint needs psutil", found="psutil is not installed", try_="pip install psutil")
     if optimizer is not None:
-        checkpoint_optimizer.check_optimizer(optimizer)
+        check_optimizer(optimizer)
 
 
 def save_checkpoint(
@@ -76,23 +82,24 @@ def save_checkpoint(
     check_checkpoint_support(optimizer)
     _check_extra(extra or {})
     _gather_weights(model_chunks)
-    metadata = _save_metadata(optimizer)
-    model_state = _model_state(model_chunks, metadata)
+    groups = checkpoint_groups()
+    metadata = _save_metadata(optimizer, groups)
+    model_state = sharded_model_state(model_chunks, metadata)
     state = {"checkpoint_version": 3.0, "iteration": iteration, **(extra or {}), **model_state}
-    state[CHECKSUMS_KEY] = checkpoint_checksums.state_checksums(model_state.values(), optimizer)
+    state[CHECKSUMS_KEY] = state_checksums(model_state.values(), optimizer)
     if optimizer is not None:
-        checkpoint_optimizer.prepare_optimizer_state(optimizer)
+        prepare_optimizer_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, metadata=metadata)
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
-    state["rng_state"] = checkpoint_rng.sharded_rng_state()
+    state["rng_state"] = sharded_rng_state(groups)
     directory = Path(directory)
-    written = _on_first_rank(checkpoint_files.start_writing, directory, iteration)
-    strategy = FullyParallelSaveStrategyWrapper(serialization.get_default_save_sharded_strategy(), metadata["dp_cp_group"])
+    written = _on_first_rank(start_writing, directory, iteration)
+    strategy = FullyParallelSaveStrategyWrapper(serialization.get_default_save_sharded_strategy(), groups.dp_cp)
     stored_metadata = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
     with _as_user_error(f"could not save iteration {iteration} to {directory}"):
         serialization.save(state, str(written), strategy, content_metadata=stored_metadata)
-    return _on_first_rank(checkpoint_files.publish, written, directory, iteration, files or {})
+    return _on_first_rank(publish, written, directory, iteration, files or {})
 
 
 def load_checkpoint(
@@ -110,42 +117,45 @@ def load_checkpoint(
     `ScaleMoEError`, naming file and iteration, if there is no such checkpoint, a file is missing or damaged, it does not fit the model, or
     what was loaded is not what was saved.
     """
-    iteration, path = _on_first_rank(checkpoint_files.find_checkpoint, Path(directory), iteration)
+    iteration, path = _on_first_rank(find_checkpoint, Path(directory), iteration)
+    groups = checkpoint_groups()
     with _as_user_error(f"cannot load the checkpoint of iteration {iteration}, {path}"):
         common = serialization.load_common_state_dict(str(path))
-        metadata = {**(common.get("content_metadata") or {}), "dp_cp_group": _data_parallel_group()}
-        if optimizer is not None and not weights_only and checkpoint_optimizer.is_distributed(optimizer):
-            reads = checkpoint_layout.expert_order(model_chunks)
-            checkpoint_layout.check_optimizer_layout(path, metadata.get("distrib_optim_sharding_type"), common.get("args"), reads)
+        metadata = {**(common.get("content_metadata") or {}), "dp_cp_group": groups.dp_cp}
+        if optimizer is not None and not weights_only and is_distributed(optimizer):
+            reads = expert_order(model_chunks)
+            check_optimizer_layout(path, metadata.get("distrib_optim_sharding_type"), common.get("args"), reads)
         stored = serialization.load_sharded_metadata(str(path))
-        wanted = _wanted_state(model_chunks, None if weights_only else optimizer, metadata, stored)
+        wanted = _wanted_state(model_chunks, None if weights_only else optimizer, metadata, stored, groups)
         state, unused, absent = serialization.load(wanted, str(path), strict=StrictHandling.RETURN_ALL)
         _check_fit(path, stored, unused, absent)
-        for name, chunk in _named_chunks(model_chunks).items():
+        for name, chunk in named_chunks(model_chunks).items():
             chunk.load_state_dict(state[name])
         if optimizer is not None and weights_only:
             optimizer.reload_model_params()
         elif optimizer is not None:
             parts = state.get(_OPTIMIZER_PARTS, {})
-            checkpoint_optimizer.load_optimizer_state(optimizer, parts, common.get("optimizer"), metadata)
+            load_optimizer_state(optimizer, parts, common.get("optimizer"), metadata)
         if CHECKSUMS_KEY in common:
-            model_state = _model_state(model_chunks, metadata)
-            checkpoint_checksums.check_state(path, common[CHECKSUMS_KEY], model_state.values(), None if weights_only else optimizer)
+            model_state = sharded_model_state(model_chunks, metadata)
+            check_state(path, common[CHECKSUMS_KEY], model_state.values(), None if weights_only else optimizer)
         if scheduler is not None and not weights_only:
             scheduler.load_state_dict(common["opt_param_scheduler"])
-    rng_restored = "rng_state" in wanted and checkpoint_rng.restore_rng_state(state["rng_state"])
+    rng_restored = "rng_state" in wanted and restore_rng_state(state["rng_state"], groups.dp_cp)
     extra = {name: value for name, value in common.items() if not _is_reserved(name)}
     return LoadedCheckpoint(iteration, path, extra, rng_restored)
 
 
-def _wanted_state(model_chunks: list, optimizer: Any, metadata: dict, stored: dict[str, ShardedBase]) -> dict[str, Any]:
+def _wanted_state(
+    model_chunks: list, optimizer: Any, metadata: dict, stored: dict[str, ShardedBase], groups: ProcessGroupCollection
+) -> dict[str, Any]:
     """The sharded state dict that tells the library what this rank reads, and into which tensors."""
-    wanted = _model_state(model_chunks, metadata)
+    wanted = sharded_model_state(model_chunks, metadata)
     if optimizer is not None:
-        checkpoint_optimizer.prepare_optimizer_state(optimizer)
+        prepare_optimizer_state(optimizer)
         keys = {entry.key for entry in stored.values()}
-        wanted[_OPTIMIZER_PARTS] = checkpoint_optimizer.sharded_optimizer_state(optimizer, wanted, metadata, keys)
-        rng_state = checkpoint_rng.sharded_rng_state()
+        wanted[_OPTIMIZER_PARTS] = sharded_optimizer_state(optimizer, wanted, metadata, keys)
+        rng_state = sharded_rng_state(groups)
         if rng_state.unique_key in stored:  # absent if saved with another layout of ranks
             wanted["rng_state"] = rng_state
     return wanted
@@ -171,27 +181,29 @@ def _gather_weights(model_chunks: list) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def _model_state(model_chunks: list, metadata: dict) -> dict[str, Any]:
-    return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(model_chunks).items()}
+def sharded_model_state(model_chunks: list, metadata: dict) -> dict[str, dict]:
+    """The sharded state dict of each model chunk, under its name in a checkpoint, with the parameters themselves as data."""
+    return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in named_chunks(model_chunks).items()}
 
 
-def _named_chunks(model_chunks: list) -> dict[str, torch.nn.Module]:
+def named_chunks(model_chunks: list) -> dict[str, torch.nn.Module]:
     """`model`, or `model0`, `model1`, ... for the chunks of an interleaved pipeline, without DDP and precision wrappers."""
     chunks = unwrap_model(model_chunks)
     return {"model" if len(chunks) == 1 else f"model{index}": chunk for index, chunk in enumerate(chunks)}
 
 
-def _save_metadata(optimizer: Any) -> dict[str, Any]:
+def _save_metadata(optimizer: Any, groups: ProcessGroupCollection) -> dict[str, Any]:
     """How the state is laid out in the file; a loader needs the same, so it is saved with it."""
-    metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, "dp_cp_group": _data_parallel_group()}
-    if optimizer is not None and checkpoint_optimizer.is_distributed(optimizer):
-        metadata["distrib_optim_sharding_type"] = checkpoint_optimizer.FULLY_RESHARDABLE
+    metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, "dp_cp_group": groups.dp_cp}
+    if optimizer is not None and is_distributed(optimizer):
+        metadata["distrib_optim_sharding_type"] = FULLY_RESHARDABLE
         metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
     return metadata
 
 
-def _data_parallel_group() -> Any:
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+def checkpoint_groups() -> ProcessGroupCollection:
+    """Megatron's process groups that a checkpoint's format depends on."""
+    return ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "ep", "dp_cp"])
 
 
 def _check_extra(extra: dict[str, Any]) -> None:

@@ -7,28 +7,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 
-def sharded_rng_state() -> ShardedObject:
+def sharded_rng_state(groups: ProcessGroupCollection) -> ShardedObject:
     """This rank's generator states under stock Megatron's key and sharding.
 
     With expert parallelism there is one entry per (PP, TP, DP) rank. Without, Megatron has one per (PP, TP) rank, which holds a list over
     the data-parallel ranks; stock Megatron then reads its first item unless `--data-parallel-random-init` is on. A collective call.
     """
-    pp, tp = parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_tensor_model_parallel_group()
-    dp = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if parallel_state.get_expert_model_parallel_world_size() > 1:
+    pp, tp, dp = groups.pp, groups.tp, groups.dp_cp
+    if groups.ep.size() > 1:
         return ShardedObject("rng_state", [_rng_state()], (pp.size(), tp.size(), dp.size()), (pp.rank(), tp.rank(), dp.rank()))
     states: list[Any] = [None] * dp.size()
     torch.distributed.all_gather_object(states, _rng_state(), group=dp)
     return ShardedObject("rng_state", states, (pp.size(), tp.size()), (pp.rank(), tp.rank()), replica_id=dp.rank())
 
 
-def restore_rng_state(states: list[dict]) -> bool:
+def restore_rng_state(states: list[dict], dp: torch.distributed.ProcessGroup) -> bool:
     """Restore what `sharded_rng_state` saved; False if it was saved at another data-parallel size, where there is nothing to continue."""
-    dp = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if len(states) not in (1, dp.size()):
         return False
     state = states[dp.rank() if len(states) == dp.size() else 0]

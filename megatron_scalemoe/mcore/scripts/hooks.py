@@ -16,8 +16,8 @@ def attach(module: ModuleType, owner: Any, **wrappers: Callable) -> None:
         setattr(module, name, functools.wraps(original)(functools.partial(wrapper, owner, original)))
 
 
-def argument(function: Callable, name: str, args: tuple, options: dict) -> Any:
-    """What `function(*args, **options)` gets as `name`."""
+def arguments(function: Callable, args: tuple, options: dict) -> dict[str, Any]:
+    """What `function(*args, **options)` gets, by name."""
     bound = inspect.signature(function).bind(*args, **options)
     bound.apply_defaults()
-    return bound.arguments[name]
+    return bound.arguments

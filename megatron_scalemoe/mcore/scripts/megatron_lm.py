@@ -7,7 +7,7 @@ the flags are parsed and ask for us, these names of Megatron are replaced in thi
     training.setup_model_and_optimizer      live balance starts when model and optimizer are there, and goes on with a checkpoint's plan
     training.build_train_valid_test_data_loaders    sequence placement, if asked for
     training.train_step, training_log       counts, replans, metrics
-    training.save_checkpoint, load_checkpoint, ...    see `megatron_checkpoints`
+    training.save_checkpoint, load_checkpoint, ...    see `checkpoints`
     training.train                          ranks that die are named; the end
 
 With `--moe-dispatcher stock`, or without it, nothing is replaced and the arguments are as if we did not exist.
@@ -28,9 +28,8 @@ from megatron.core.utils import get_model_config
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.faults.dead_ranks import naming_dead_ranks
 from megatron_scalemoe.mcore.arguments import add_scalemoe_args, scalemoe_config_from_args
-from megatron_scalemoe.mcore.checkpoint import script_hooks as megatron_checkpoints
 from megatron_scalemoe.mcore.compat import check_megatron_core
-from megatron_scalemoe.mcore.scripts import hooks
+from megatron_scalemoe.mcore.scripts import checkpoints, hooks
 from megatron_scalemoe.mcore.scripts.session import TrainingSession
 from megatron_scalemoe.mcore.specs import is_moe, use_scalemoe
 
@@ -84,7 +83,7 @@ def attach(scalemoe: ScaleMoEConfig) -> TrainingSession:
         training_log=_training_log,
         train=_train,
     )
-    megatron_checkpoints.attach(session)
+    checkpoints.attach(session)
     return session
 
 
@@ -123,7 +122,7 @@ def _train_step(session: TrainingSession, original: Callable, *args: Any, **opti
     result = original(*args, **options)
     _, _, _, should_exit, *_ = result
     if not should_exit:  # else no optimizer step was made
-        session.step_done(hooks.argument(original, "iteration", args, options) + 1)
+        session.step_done(hooks.arguments(original, args, options)["iteration"] + 1)
     return result
 
 
@@ -131,7 +130,7 @@ def _training_log(session: TrainingSession, original: Callable, *args: Any, **op
     from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
     result = original(*args, **options)
-    session.report(get_args(), hooks.argument(original, "iteration", args, options), get_tensorboard_writer(), get_wandb_writer())
+    session.report(get_args(), hooks.arguments(original, args, options)["iteration"], get_tensorboard_writer(), get_wandb_writer())
     return result
 
 

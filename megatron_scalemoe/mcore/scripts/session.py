@@ -20,7 +20,7 @@ from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.faults.agreement import check_ranks_agree
 from megatron_scalemoe.files import write_atomically
 from megatron_scalemoe.mcore.live_model import live_balance
-from megatron_scalemoe.mcore.scripts.support import check_script
+from megatron_scalemoe.mcore.support import check_script
 
 _OF_ONE_RANK = ("rank", "local_rank")
 

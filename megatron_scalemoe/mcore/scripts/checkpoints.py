@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.utils import unwrap_model
 
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.mcore.checkpoint.checkpoint import checkpoint_groups, named_chunks, sharded_model_state
 from megatron_scalemoe.mcore.checkpoint.checksums import CHECKSUMS_KEY, check_state, state_checksums
 from megatron_scalemoe.mcore.checkpoint.layout import ExpertOrder, check_optimizer_layout, expert_order
 from megatron_scalemoe.mcore.scripts import hooks
@@ -58,30 +57,30 @@ def _save_checkpoint(session: TrainingSession, original: Callable, *args: Any, *
     from megatron.training.checkpointing import get_checkpoint_name
 
     original(*args, **options)
-    if not hooks.argument(original, "non_persistent_ckpt", args, options):
-        iteration = hooks.argument(original, "iteration", args, options)
-        session.save_beside(Path(get_checkpoint_name(get_args().save, iteration, return_base_dir=True)))
+    given = hooks.arguments(original, args, options)
+    if not given["non_persistent_ckpt"]:
+        session.save_beside(Path(get_checkpoint_name(get_args().save, given["iteration"], return_base_dir=True)))
 
 
 def _generate_state_dict(loading: _Loading, original: Callable, *args: Any, **options: Any) -> dict:
     state = original(*args, **options)
-    training_args, model, optimizer, iteration = (
-        hooks.argument(original, n, args, options) for n in ("args", "model", "optimizer", "iteration")
-    )
-    if iteration is not None and training_args.ckpt_format == "torch_dist":  # without an iteration, it is what shall be loaded
-        state[CHECKSUMS_KEY] = state_checksums(_model_states(state, model), None if training_args.no_save_optim else optimizer)
+    given = hooks.arguments(original, args, options)
+    if given["iteration"] is not None and given["args"].ckpt_format == "torch_dist":  # without an iteration, it is what shall be loaded
+        model_states = [state[name] for name in named_chunks(given["model"])]
+        state[CHECKSUMS_KEY] = state_checksums(model_states, None if given["args"].no_save_optim else given["optimizer"])
     return state
 
 
 def _load_checkpoint(loading: _Loading, original: Callable, *args: Any, **options: Any) -> Any:
     from megatron.training import get_args
 
-    model, optimizer = (hooks.argument(original, name, args, options) for name in ("ddp_model", "optimizer"))
+    given = hooks.arguments(original, args, options)
+    model, optimizer = given["ddp_model"], given["optimizer"]
     loading.reads, loading.optimizer, loading.state = expert_order(model), optimizer, {}
     result = original(*args, **options)
     if CHECKSUMS_KEY in loading.state:
-        metadata = {**loading.state["content_metadata"], "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-        states = [chunk.sharded_state_dict(metadata=metadata) for chunk in unwrap_model(model)]
+        metadata = {**loading.state["content_metadata"], "dp_cp_group": checkpoint_groups().dp_cp}
+        states = sharded_model_state(model, metadata).values()
         loaded = optimizer if loading.loads_optimizer(get_args()) else None
         compared = check_state(loading.path, loading.state[CHECKSUMS_KEY], states, loaded)
         if dist.get_rank() == 0:
@@ -93,10 +92,11 @@ def _load_checkpoint(loading: _Loading, original: Callable, *args: Any, **option
 def _load_base_checkpoint(loading: _Loading, original: Callable, *args: Any, **options: Any) -> tuple:
     result = original(*args, **options)
     state, name, release, _ = result
-    first = hooks.argument(original, "rank0", args, options)  # the plain part only, so that the caller can say which tensors it wants
-    if first and loading.reads is not None and state and not release:
+    given = hooks.arguments(original, args, options)
+    # rank0: the plain part only, so that the caller can say which tensors it wants
+    if given["rank0"] and loading.reads is not None and state and not release:
         loading.path, loading.state = Path(name), state
-        training_args = hooks.argument(original, "args", args, options)
+        training_args = given["args"]
         _check_sizes(loading, training_args)
         if training_args.use_distributed_optimizer and loading.loads_optimizer(training_args):
             check_optimizer_layout(loading.path, loading.sharding_type, state.get("args"), loading.reads)
@@ -138,7 +138,3 @@ def _loads_rng(args: Any, saved: Any) -> bool:
 def _rng_layout(args: Any) -> int | None:
     """How Megatron numbers the generators' states: by data-parallel rank only with expert parallelism."""
     return args.data_parallel_size * args.context_parallel_size if args.expert_model_parallel_size > 1 else None
-
-
-def _model_states(state: dict, model: list) -> list[dict]:
-    return [state["model" if len(model) == 1 else f"model{index}"] for index in range(len(model))]
