@@ -162,7 +162,7 @@ def install(moment: str, killer: Killer) -> None:
         "new plan in force": (after, balance, "adopt"),
         "checkpoint starts": (before, serialization, "save"),
         "checkpoint written": (after, serialization, "save"),
-        "checkpoint published": (after, checkpoint_files, "publish"),
+        "checkpoint published": (after, checkpoint, "publish"),
         "checkpoint read": (before, serialization, "load"),
         "plan resumed": (before, balance, "resume"),
     }

@@ -39,11 +39,7 @@ def gather() -> dict:
     versions = {
         "megatron_scalemoe": __version__,
         "python": platform.python_version(),
-        "torch": installed_version("torch"),
-        "megatron_core": installed_version("megatron-core"),
-        "numpy": installed_version("numpy"),
-        "psutil": installed_version("psutil"),
-        "tensorboard": installed_version("tensorboard"),
+        **{name: installed_version(name.replace("_", "-")) for name in ("torch", "megatron_core", "numpy", "psutil", "tensorboard")},
         "transformer_engine": installed_version("transformer-engine", "transformer-engine-torch"),
         "grouped_gemm": installed_version("grouped-gemm", "nv-grouped-gemm"),
         "apex": installed_version("apex") if _is_nvidia_apex() else None,
@@ -58,10 +54,9 @@ def _torch_facts() -> dict:
         import torch
         import torch.distributed as dist
     except (ImportError, OSError) as error:  # OSError: a shared library of torch is missing
-        return {**facts, "error": str(error)}
+        return facts | {"error": str(error)}
     cuda = torch.cuda.is_available()
-    return {
-        "error": None,
+    return facts | {
         "cuda_build": torch.version.cuda,
         "cuda": cuda,
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],

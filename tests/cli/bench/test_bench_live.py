@@ -106,6 +106,7 @@ def test_a_small_run_balances_and_keeps_the_loss(tmp_path, capfd):
     pytest.importorskip("megatron.core")
     sizes = "--ranks 2 --experts 4 --replicas 2 --hidden 64 --ffn 128 --layers 1 --seq 64 --micro-batch 4 --micro-batches 1"
     assert main(["bench", "live", *sizes.split(), "--steps", "4", "--refresh", "2", "--quiet", "-o", str(tmp_path / "r.json")]) == 0
+    assert capfd.readouterr().err == ""
     result = json.loads((tmp_path / "r.json").read_text())
     rows = {row["variant"]: row for row in result["rows"]}
     assert list(rows) == ["stock", "scalemoe", "live", "live, planner beside"]
