@@ -8,7 +8,7 @@ import resource
 import torch
 import torch.distributed as dist
 
-from megatron_scalemoe.bench.dispatch import make_routed_tokens
+from megatron_scalemoe.bench.routed_tokens import make_routed_tokens
 from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
 from megatron_scalemoe.mcore import cpu_ranks
 
@@ -57,7 +57,7 @@ def main() -> None:
     cpu_ranks.install()
     dist.init_process_group("gloo")
     dispatcher = RaggedDispatcher(dist.group.WORLD, EXPERTS, TOP_K)
-    routed = make_routed_tokens(TOKENS, HIDDEN, EXPERTS, TOP_K, SKEW, DTYPE, seed=0)
+    routed = make_routed_tokens(TOKENS, HIDDEN, EXPERTS, TOP_K, SKEW, DTYPE, dist.get_rank(), torch.device("cpu"))
     times = StageTimes()
     for iteration in range(WARMUP + ITERS):
         if iteration == WARMUP:

@@ -14,7 +14,8 @@ from results import RunLog
 from steps import Data, evaluate, train_step
 from task import Task
 
-from megatron_scalemoe.bench.measure import Measurement, RoutedTokens, measure_dispatchers
+from megatron_scalemoe.bench.measure import Measurement, measure_dispatchers
+from megatron_scalemoe.bench.routed_tokens import RoutedTokens
 from megatron_scalemoe.cli.common import format_table
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.mcore.checkpoint.checkpoint import load_checkpoint

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from megatron_scalemoe.bench.routed_tokens import DTYPES, make_routed_tokens
 from megatron_scalemoe.bench.worker import describe_device, run_worker, use_megatron
 
 if TYPE_CHECKING:
     from megatron_scalemoe.dispatch.transport_choice import CallSizes
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
@@ -34,7 +33,8 @@ def _bench(args: argparse.Namespace) -> dict:
 
     ranks = dist.get_world_size()
     groups = expert_parallel_groups(ranks)
-    routed = make_routed_tokens(args.tokens, args.hidden, args.experts, args.topk, args.skew, DTYPES[args.dtype], args.seed)
+    seed, device = 1000 * args.seed + dist.get_rank(), torch.cuda.current_device()
+    routed = make_routed_tokens(args.tokens, args.hidden, args.experts, args.topk, args.skew, DTYPES[args.dtype], seed, device)
     names, ours = [name for name in args.dispatchers if name != "scalemoe"], []
     if "scalemoe" in args.dispatchers:
         sizes = CallSizes(args.tokens, args.hidden, routed.x.dtype, args.topk)
@@ -64,20 +64,6 @@ def _transports(asked: list[str] | None, group: dist.ProcessGroup, sizes: CallSi
         if (found := channel_of(group, transport, sizes).name) != transport:
             raise ScaleMoEError(f"--transport {transport} cannot be had", found=f"{found}; the line above says why")
     return asked or list(dict.fromkeys(["collective", channel_of(group, "auto", sizes).name]))
-
-
-def make_routed_tokens(tokens: int, hidden: int, experts: int, top_k: int, skew: float, dtype: torch.dtype, seed: int):
-    """This rank's tokens, each with `top_k` distinct experts drawn from a Zipf law with exponent `skew`: a `RoutedTokens`."""
-    from megatron_scalemoe.bench.measure import RoutedTokens
-
-    device = torch.cuda.current_device()
-    generator = torch.Generator().manual_seed(seed * 1000 + dist.get_rank())
-    popularity = torch.arange(1, experts + 1, dtype=torch.float64) ** -skew
-    chosen = torch.multinomial(popularity.expand(tokens, -1), top_k, generator=generator)
-    routing_map = torch.zeros(tokens, experts, dtype=torch.bool).scatter(1, chosen, True)
-    probs = torch.rand(tokens, experts, generator=generator) * routing_map
-    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
-    return RoutedTokens(x.to(device), probs.to(device), routing_map.to(device))
 
 
 def _malloc_settings() -> dict[str, str]:

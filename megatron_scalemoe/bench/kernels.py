@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_scalemoe.bench.routed_tokens import DTYPES, make_routed_tokens
 from megatron_scalemoe.bench.worker import synchronize
 from megatron_scalemoe.mcore.stock import stock_permute, stock_unpermute
 from megatron_scalemoe.ops import native
 from megatron_scalemoe.ops.permute import RowMap, permute, row_map, unpermute
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 1 << 20
 
 
@@ -79,13 +79,8 @@ def make_case(
 ) -> Case:
     """Tokens whose top-k rows take `size_mib`, with distinct experts from a Zipf law of exponent `skew`."""
     tokens = max(int(size_mib * MIB) // (topk * hidden * dtype.itemsize), 1)
-    generator = torch.Generator().manual_seed(seed)
-    popularity = torch.arange(1, experts + 1, dtype=torch.float64) ** -skew
-    chosen = torch.multinomial(popularity.expand(tokens, -1), topk, generator=generator)
-    routing_map = torch.zeros(tokens, experts, dtype=torch.bool).scatter(1, chosen, True)
-    probs = torch.rand(tokens, experts, generator=generator) * routing_map
-    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
-    return Case(x.to(device).requires_grad_(), probs.to(device).requires_grad_(), routing_map.to(device), tokens * topk)
+    routed = make_routed_tokens(tokens, hidden, experts, topk, skew, dtype, seed, device)
+    return Case(routed.x.requires_grad_(), routed.probs.requires_grad_(), routed.routing_map, tokens * topk)
 
 
 def measure_case(case: Case, iters: int, warmup: int) -> list[dict]:

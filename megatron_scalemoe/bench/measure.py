@@ -10,18 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_scalemoe.bench.routed_tokens import RoutedTokens
 from megatron_scalemoe.bench.worker import synchronize
 from megatron_scalemoe.mcore.stock import MoETokenDispatcher
 from megatron_scalemoe.ops.wire import WireMeter
-
-
-@dataclasses.dataclass(frozen=True)
-class RoutedTokens:
-    """The input of one dispatch: x [T, D], probs [T, E], routing_map bool [T, E]."""
-
-    x: Tensor
-    probs: Tensor
-    routing_map: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
