@@ -20,7 +20,7 @@ class RoutedTokens:
 
 
 def make_routed_tokens(
-    tokens: int, hidden: int, experts: int, topk: int, skew: float, dtype: torch.dtype, seed: int, device: torch.device | int | int
+    tokens: int, hidden: int, experts: int, topk: int, skew: float, dtype: torch.dtype, seed: int, device: torch.device | int
 ) -> RoutedTokens:
     """Tokens, each with `topk` distinct experts drawn from a Zipf law with exponent `skew`. The same on every device."""
     generator = torch.Generator().manual_seed(seed)
