@@ -6,10 +6,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_writable, write_atomically
 from megatron_scalemoe.typed import Options, plain_kind
@@ -116,6 +117,15 @@ def emit(args: argparse.Namespace, result: dict, text: str) -> None:
     finally:
         if args.output is not None:
             write_atomically(args.output, json.dumps(result, indent=2) + "\n", force=args.force)
+
+
+def emit_measured(args: argparse.Namespace, result: dict, text: str, problems: Sequence[str] = ()) -> int:
+    """`emit` for what was measured, with where and how; the exit code, 3 if a check has found `problems`."""
+    result["env"] = {**describe_environment(["scalemoe", *sys.argv[1:]]), **result.get("env", {})}
+    emit(args, result, text)
+    for problem in problems:
+        print(f"check failed: {problem}", file=sys.stderr)
+    return CHECK_FAILED if problems else OK
 
 
 def print_result(args: argparse.Namespace, result: dict, text: str) -> None:

@@ -1,7 +1,6 @@
 """`scalemoe bench`: measurements, each with its baseline from the same run."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from megatron_scalemoe.cli.bench import kernels as bench_kernels
@@ -9,14 +8,12 @@ from megatron_scalemoe.cli.bench import live as bench_live
 from megatron_scalemoe.cli.bench import solvers as bench_solvers
 from megatron_scalemoe.cli.bench import split as bench_split
 from megatron_scalemoe.cli.common import (
-    CHECK_FAILED,
-    OK,
     add_output_flags,
     at_least,
     check_multiple,
     check_output,
     check_topk,
-    emit,
+    emit_measured,
     format_table,
     not_negative,
     positive,
@@ -24,7 +21,6 @@ from megatron_scalemoe.cli.common import (
 from megatron_scalemoe.cli.torchrun import result_of_ranks
 from megatron_scalemoe.cli.train_extra import require_train_extra
 from megatron_scalemoe.config import TRANSPORTS
-from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.files import read_document
 from megatron_scalemoe.units import format_bytes
 
@@ -75,12 +71,7 @@ def run_dispatch(args: argparse.Namespace) -> int:
     """Launches the ranks and reports. Exit code 3 if a dispatcher's results differ from the baseline's, or the transports' at all."""
     check_output(args.output, force=args.force)
     result = _measure(args) if args.result is None else read_document(args.result).data
-    result["env"] = {**describe_environment(["scalemoe", *sys.argv[1:]]), **result.get("env", {})}
-    emit(args, result, format_result(result))
-    problems = _problems(result)
-    for problem in problems:
-        print(f"check failed: {problem}", file=sys.stderr)
-    return CHECK_FAILED if problems else OK
+    return emit_measured(args, result, format_result(result), _problems(result))
 
 
 def _problems(result: dict) -> list[str]:

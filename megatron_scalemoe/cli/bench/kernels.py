@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from megatron_scalemoe.cli.common import (
-    CHECK_FAILED,
-    OK,
     add_output_flags,
     at_least,
     check_output,
     check_topk,
-    emit,
+    emit_measured,
     format_table,
     not_negative,
     positive,
     progress_bar,
 )
 from megatron_scalemoe.cli.train_extra import require_train_extra
-from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.units import format_bytes
 
 # Largest accepted `max_rel_error` against Megatron, which adds bf16 rows up in bf16.
@@ -66,12 +62,10 @@ def run(args: argparse.Namespace) -> int:
         for row in measure(args.sizes, args.dtypes, args.skews, **{name: getattr(args, name) for name in names}):
             rows.append(row)
             bar.update()
-    result = {"rows": rows, "env": {**describe_environment(["scalemoe", *sys.argv[1:]]), **environment()}}
-    emit(args, result, format_result(result))
+    result = {"rows": rows, "env": environment()}
     wrong = sorted({f"{row['by']} ({row['op']}, {row['dtype']})" for row in rows if not row["max_rel_error"] <= TOLERANCE[row["dtype"]]})
-    if wrong:
-        print(f"check failed: {', '.join(wrong)} differ from megatron", file=sys.stderr)
-    return CHECK_FAILED if wrong else OK
+    problems = [f"{', '.join(wrong)} differ from megatron"] if wrong else []
+    return emit_measured(args, result, format_result(result), problems)
 
 
 def format_result(result: dict) -> str:

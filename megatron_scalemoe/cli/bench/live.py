@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 
 from megatron_scalemoe.cli.common import (
-    CHECK_FAILED,
-    OK,
     add_output_flags,
     at_least,
     check_multiple,
     check_output,
     check_topk,
-    emit,
+    emit_measured,
     format_table,
     not_negative,
     positive,
@@ -22,7 +19,6 @@ from megatron_scalemoe.cli.common import (
 from megatron_scalemoe.cli.torchrun import result_of_ranks
 from megatron_scalemoe.cli.train_extra import require_train_extra
 from megatron_scalemoe.config import EXPERTS
-from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.errors import ScaleMoEError
 
 WORKER = "megatron_scalemoe.bench.live"
@@ -69,12 +65,9 @@ def run(args: argparse.Namespace) -> int:
     check_output(args.output, force=args.force)
     require_train_extra("scalemoe bench live")
     result = result_of_ranks(WORKER, worker_arguments(args), ranks=args.ranks, timeout=args.timeout, quiet=args.quiet)
-    result["env"] = {**describe_environment(["scalemoe", *sys.argv[1:]]), **result.get("env", {})}
-    emit(args, result, format_result(result))
     wrong = [row["variant"] for row in result["rows"] if not row["max_loss_error"] <= TOLERANCE]
-    if wrong:
-        print(f"check failed: the loss of {', '.join(wrong)} differs from stock's by more than {TOLERANCE:g}", file=sys.stderr)
-    return CHECK_FAILED if wrong else OK
+    problems = [f"the loss of {', '.join(wrong)} differs from stock's by more than {TOLERANCE:g}"] if wrong else []
+    return emit_measured(args, result, format_result(result), problems)
 
 
 def worker_arguments(args: argparse.Namespace) -> list[str]:

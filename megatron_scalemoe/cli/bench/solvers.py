@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from megatron_scalemoe.cli.bench.layers import SyntheticLayers
-from megatron_scalemoe.cli.common import OK, add_option_flags, add_output_flags, check_output, emit, format_table, options_from_args
+from megatron_scalemoe.cli.common import add_option_flags, add_output_flags, check_output, emit_measured, format_table, options_from_args
 from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
-from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.placement.defaults import BASELINE
 
 if TYPE_CHECKING:
@@ -63,9 +62,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.quiet:
             print(f"seed {seed}: {seed + 1} of {layers.seeds} layers placed", file=sys.stderr)
     result = {"rows": [summary(name, runs[name], runs[BASELINE]) for name in solvers]}
-    result["env"] = describe_environment(["scalemoe", *sys.argv[1:]])
-    emit(args, result, format_result(result))
-    return OK
+    return emit_measured(args, result, format_result(result))
 
 
 def synthetic_problem(layers: SolverLayers, cost: CostModel, seed: int) -> LayerProblem:

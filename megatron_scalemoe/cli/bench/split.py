@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 
 from pydantic import Field
 
 from megatron_scalemoe.cli.bench.layers import SyntheticLayers
-from megatron_scalemoe.cli.common import OK, add_option_flags, add_output_flags, check_output, emit, format_table, options_from_args
-from megatron_scalemoe.environment import describe_environment
+from megatron_scalemoe.cli.common import add_option_flags, add_output_flags, check_output, emit_measured, format_table, options_from_args
 
 SPLITS = ("even", "balanced")
 DEFAULTS = {"ranks": 64, "nodes": 8, "experts": 256, "topk": 8, "replicas": 64}
@@ -57,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
         }
         for name in SPLITS
     ]
-    emit(args, {"rows": rows, "env": describe_environment(["scalemoe", *sys.argv[1:]])}, format_result(rows))
-    return OK
+    return emit_measured(args, {"rows": rows}, format_result(rows))
 
 
 def measure_layer(layers: SplitLayers, seed: int) -> dict[str, tuple[list[float], float]]:
