@@ -1,12 +1,11 @@
-"""What every sub-command shares: types of numbers, output flags and tables."""
+"""What every sub-command shares: flags of options, output flags and tables."""
 
 import argparse
 import contextlib
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,50 +41,15 @@ def given_options(args: argparse.Namespace, model: type[OptionsT]) -> dict:
     return {name: value for name in model.model_fields if (value := getattr(args, name)) is not None}
 
 
+def flag_words(options: Options) -> list[str]:
+    """These options as a command line."""
+    return [word for name, value in options for word in (flag_of(name), str(value))]
+
+
 def options_from_args(args: argparse.Namespace, model: type[OptionsT]) -> OptionsT:
     """Raises `ScaleMoEError` that names the flag of a bad value."""
     with naming_flags():
         return model(**given_options(args, model))
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """An argparse `type`: whole numbers from `least`."""
-
-    def whole_number(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, not {text}")
-        return value
-
-    return whole_number
-
-
-def positive(text: str) -> float:
-    """An argparse `type`: finite numbers above 0."""
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text}")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """An argparse `type`: finite numbers from 0."""
-    value = float(text)
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be a finite number, 0 or more, not {text}")
-    return value
-
-
-def check_multiple(args: argparse.Namespace, name: str, of: str) -> None:
-    """Raises `ScaleMoEError` unless one number among the arguments is a multiple of another one."""
-    number, divisor = getattr(args, name), getattr(args, of)
-    if number % divisor:
-        raise ScaleMoEError(f"--{name} must be a multiple of --{of}", found=f"--{name} {number} --{of} {divisor}")
-
-
-def check_topk(args: argparse.Namespace) -> None:
-    """Raises `ScaleMoEError` where a token would need more experts than there are."""
-    if args.topk > args.experts:
-        raise ScaleMoEError("--topk cannot exceed --experts", found=f"--topk {args.topk} --experts {args.experts}")
 
 
 def add_output_flags(parser: argparse.ArgumentParser, output_help: str = "also write the result, as JSON, to FILE") -> None:

@@ -2,21 +2,23 @@
 
 import argparse
 from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
 
 from megatron_scalemoe.cli.bench import kernels as bench_kernels
 from megatron_scalemoe.cli.bench import live as bench_live
 from megatron_scalemoe.cli.bench import solvers as bench_solvers
 from megatron_scalemoe.cli.bench import split as bench_split
+from megatron_scalemoe.cli.bench.sizes import RankSizes
 from megatron_scalemoe.cli.common import (
+    add_option_flags,
     add_output_flags,
-    at_least,
-    check_multiple,
     check_output,
-    check_topk,
     emit_measured,
+    flag_words,
     format_table,
-    not_negative,
-    positive,
+    options_from_args,
 )
 from megatron_scalemoe.cli.torchrun import result_of_ranks
 from megatron_scalemoe.cli.train_extra import require_train_extra
@@ -31,19 +33,32 @@ DISPATCHERS = (BASELINE, "allgather", "padded", "scalemoe")
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}
 
 
+class DispatchSizes(RankSizes):
+    """What is dispatched, how often."""
+
+    tokens: int = Field(default=4096, ge=1)
+    """tokens per rank"""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """payload type"""
+
+    skew: float = Field(default=1.0, ge=0)
+    """Zipf exponent of the experts' load, 0 = uniform"""
+
+    iters: int = Field(default=20, ge=1)
+    """measured iterations"""
+
+    warmup: int = Field(default=3, ge=0)
+    """iterations before them"""
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds `bench dispatch` to the command line."""
     bench = commands.add_parser("bench", help="measure, with the baseline in the same run", allow_abbrev=False, description=__doc__)
     kinds = bench.add_subparsers(title="benchmarks", metavar="WHAT", required=True)
     text = "dispatch + combine, forward and backward, against Megatron's stock alltoall dispatcher"
     parser = kinds.add_parser("dispatch", help=text, description=text, allow_abbrev=False)
-    parser.add_argument("--tokens", type=at_least(1), default=4096, help="tokens per rank (default %(default)s)")
-    parser.add_argument("--hidden", type=at_least(1), default=1024, help="hidden size (default %(default)s)")
-    parser.add_argument("--experts", type=at_least(1), default=8, help="experts in all, a multiple of --ranks (default %(default)s)")
-    parser.add_argument("--topk", type=at_least(1), default=2, help="experts per token (default %(default)s)")
-    parser.add_argument("--ranks", type=at_least(1), default=2, help="ranks on this machine = expert-parallel size (default %(default)s)")
-    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="fp32", help="payload type (default %(default)s)")
-    parser.add_argument("--skew", type=not_negative, default=1.0, help="Zipf exponent of the load, 0 = uniform (default %(default)s)")
+    add_option_flags(parser, DispatchSizes)
     parser.add_argument(
         "--dispatchers", nargs="+", choices=DISPATCHERS, default=list(DISPATCHERS), help=f"default all; {BASELINE} is always measured"
     )
@@ -54,10 +69,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="what `scalemoe` is measured over, each beside the others and compared bit for bit (default: collective, and shm or cuda if it"
         " can be had)",
     )
-    parser.add_argument("--iters", type=at_least(1), default=20, help="measured iterations (default %(default)s)")
-    parser.add_argument("--warmup", type=at_least(0), default=3, help="iterations before them (default %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of tokens and routing (default %(default)s)")
-    parser.add_argument("--timeout", type=positive, default=600, help="seconds after which all ranks are stopped (default %(default)g)")
     parser.add_argument("--result", type=Path, metavar="FILE", help=f"show what ranks started as `-m {WORKER}` wrote, instead of measuring")
     add_output_flags(parser)
     parser.set_defaults(handler=run_dispatch)
@@ -84,19 +95,16 @@ def _problems(result: dict) -> list[str]:
 
 
 def _measure(args: argparse.Namespace) -> dict:
-    check_topk(args)
-    check_multiple(args, "experts", of="ranks")
+    sizes = options_from_args(args, DispatchSizes)
     require_train_extra("scalemoe bench dispatch")
-    return result_of_ranks(WORKER, worker_arguments(args), ranks=args.ranks, timeout=args.timeout, quiet=args.quiet)
+    return result_of_ranks(WORKER, worker_arguments(args, sizes), ranks=sizes.ranks, timeout=sizes.timeout, quiet=args.quiet)
 
 
-def worker_arguments(args: argparse.Namespace) -> list[str]:
+def worker_arguments(args: argparse.Namespace, sizes: DispatchSizes) -> list[str]:
     """The worker's command line: the same flags, the baseline first."""
-    numbers = ("tokens", "hidden", "experts", "topk", "ranks", "dtype", "skew", "iters", "warmup", "seed", "timeout")
-    flags = [part for name in numbers for part in (f"--{name}", str(getattr(args, name)))]
     dispatchers = list(dict.fromkeys([BASELINE, *args.dispatchers]))
     transports = ["--transport", *dict.fromkeys(args.transport)] if args.transport else []
-    return [*flags, "--dispatchers", *dispatchers, *transports]
+    return [*flag_words(sizes), "--dispatchers", *dispatchers, *transports]
 
 
 def format_result(result: dict) -> str:

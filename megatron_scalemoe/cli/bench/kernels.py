@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import argparse
+from typing import Annotated
 
+from pydantic import Field
+
+from megatron_scalemoe.cli.bench.sizes import LayerSizes
 from megatron_scalemoe.cli.common import (
+    add_option_flags,
     add_output_flags,
-    at_least,
     check_output,
-    check_topk,
     emit_measured,
     format_table,
-    not_negative,
-    positive,
+    options_from_args,
     progress_bar,
 )
 from megatron_scalemoe.cli.train_extra import require_train_extra
+from megatron_scalemoe.typed import Options
 from megatron_scalemoe.units import format_bytes
 
 # Largest accepted `max_rel_error` against Megatron, which adds bf16 rows up in bf16.
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-2}
+
+
+class KernelSizes(LayerSizes):
+    """What is permuted, how often."""
+
+    threads: int | None = Field(default=None, ge=1)
+    """of the CPU; without it as torch chooses"""
+
+    iters: int = Field(default=15, ge=1)
+    """measured iterations"""
+
+    warmup: int = Field(default=3, ge=0)
+    """iterations before them"""
+
+
+class KernelCases(Options):
+    """MiB of the permuted rows, and Zipf exponents of the experts' load."""
+
+    sizes: list[Annotated[float, Field(gt=0)]]
+    skews: list[Annotated[float, Field(ge=0)]]
 
 
 def add_parser(kinds: argparse._SubParsersAction) -> None:
@@ -27,39 +50,33 @@ def add_parser(kinds: argparse._SubParsersAction) -> None:
     text = "permute and unpermute, forward and backward, against plain torch and Megatron-Core: time, GB/s, fraction of a copy"
     parser = kinds.add_parser("kernels", help=text, description=text, allow_abbrev=False)
     parser.add_argument(
-        "--sizes", nargs="+", type=positive, default=[1, 4, 16, 64, 256], metavar="MIB", help="MiB of permuted rows (default 1 4 16 64 256)"
+        "--sizes", nargs="+", type=float, default=[1, 4, 16, 64, 256], metavar="MIB", help="MiB of permuted rows (default 1 4 16 64 256)"
     )
     parser.add_argument("--dtypes", nargs="+", choices=tuple(TOLERANCE), default=list(TOLERANCE), help="types of the rows (default all)")
     parser.add_argument(
-        "--skews", nargs="+", type=not_negative, default=[0, 1.2], metavar="Z", help="Zipf exponents of the experts' load (default 0 1.2)"
+        "--skews", nargs="+", type=float, default=[0, 1.2], metavar="Z", help="Zipf exponents of the experts' load (default 0 1.2)"
     )
-    parser.add_argument("--hidden", type=at_least(1), default=1024, help="hidden size (default %(default)s)")
-    parser.add_argument("--experts", type=at_least(1), default=8, help="(default %(default)s)")
-    parser.add_argument("--topk", type=at_least(1), default=2, help="experts per token (default %(default)s)")
-    parser.add_argument("--threads", type=at_least(1), help="of the CPU (default: as torch chooses)")
-    parser.add_argument("--iters", type=at_least(1), default=15, help="measured iterations (default %(default)s)")
-    parser.add_argument("--warmup", type=at_least(0), default=3, help="iterations before them (default %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of tokens and routing (default %(default)s)")
+    add_option_flags(parser, KernelSizes)
     add_output_flags(parser)
     parser.set_defaults(handler=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures in this process and reports. Exit code 3 if results differ from Megatron's."""
-    check_topk(args)
+    sizes, cases = options_from_args(args, KernelSizes), options_from_args(args, KernelCases)
     check_output(args.output, force=args.force)
     require_train_extra("scalemoe bench kernels")
     import torch
 
     from megatron_scalemoe.bench.kernels import CONTENDERS, MEASURED, environment, measure
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    names = ("hidden", "experts", "topk", "iters", "warmup", "seed")
+    if sizes.threads:
+        torch.set_num_threads(sizes.threads)
+    of_layer = {name: value for name, value in sizes if name != "threads"}
     rows = []
-    total = len(args.sizes) * len(args.dtypes) * len(args.skews) * len(MEASURED) * len(CONTENDERS)
+    total = len(cases.sizes) * len(args.dtypes) * len(cases.skews) * len(MEASURED) * len(CONTENDERS)
     with progress_bar(args, total, "row") as bar:
-        for row in measure(args.sizes, args.dtypes, args.skews, **{name: getattr(args, name) for name in names}):
+        for row in measure(cases.sizes, args.dtypes, cases.skews, **of_layer):
             rows.append(row)
             bar.update()
     result = {"rows": rows, "env": environment()}

@@ -4,76 +4,101 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from typing import Literal
 
+from pydantic import Field, model_validator
+
+from megatron_scalemoe.cli.bench.sizes import RankSizes
 from megatron_scalemoe.cli.common import (
+    add_option_flags,
     add_output_flags,
-    at_least,
-    check_multiple,
     check_output,
-    check_topk,
     emit_measured,
+    flag_words,
     format_table,
-    not_negative,
-    positive,
+    options_from_args,
 )
 from megatron_scalemoe.cli.torchrun import result_of_ranks
 from megatron_scalemoe.cli.train_extra import require_train_extra
-from megatron_scalemoe.config import EXPERTS
-from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.typed import refused
 
 WORKER = "megatron_scalemoe.bench.live"
-# Name, default, least value, help.
-NUMBERS = (
-    ("ranks", 4, 2, "ranks on this machine = expert-parallel size"),
-    ("experts", 16, 1, "experts in each layer, a multiple of --ranks"),
-    ("topk", 2, 1, "experts per token"),
-    ("hidden", 256, 1, "hidden size"),
-    ("ffn", 512, 1, "inner size of an expert"),
-    ("layers", 2, 1, "layers, all of them MoE"),
-    ("seq", 128, 1, "tokens of a sequence"),
-    ("micro_batch", 8, 1, "sequences of a rank's micro-batch"),
-    ("micro_batches", 2, 1, "micro-batches of a step"),
-    ("replicas", 4, 1, "extra slots per layer, in all; a multiple of --ranks"),
-    ("steps", 60, 2, "optimizer steps of each variant"),
-    ("refresh", 10, 1, "steps between replans, and that each is made from; less than --steps"),
-    ("seed", 0, 0, "seed of weights, tokens and skew"),
-)
 # Largest accepted difference of any step's loss from stock's.
 TOLERANCE = 1e-4
+
+
+class TrainingSizes(RankSizes):
+    """The model, its data and how often it is planned anew."""
+
+    ranks: int = Field(default=4, ge=2)
+    """ranks on this machine = expert-parallel size"""
+
+    experts: int = Field(default=16, ge=1)
+    """experts in each layer, a multiple of --ranks"""
+
+    hidden: int = Field(default=256, ge=1)
+    """hidden size"""
+
+    ffn: int = Field(default=512, ge=1)
+    """inner size of an expert"""
+
+    layers: int = Field(default=2, ge=1)
+    """layers, all of them MoE"""
+
+    seq: int = Field(default=128, ge=1)
+    """tokens of a sequence"""
+
+    micro_batch: int = Field(default=8, ge=1)
+    """sequences of a rank's micro-batch"""
+
+    micro_batches: int = Field(default=2, ge=1)
+    """micro-batches of a step"""
+
+    replicas: int = Field(default=4, ge=1)
+    """extra slots per layer, in all; a multiple of --ranks"""
+
+    steps: int = Field(default=60, ge=2)
+    """optimizer steps of each variant"""
+
+    refresh: int = Field(default=10, ge=1)
+    """steps between replans, and that each is made from; less than --steps"""
+
+    zipf: float = Field(default=1.2, ge=0)
+    """exponent of the experts' popularity"""
+
+    experts_module: Literal["megatron", "grouped"] = "grouped"
+    """of scalemoe without replicas"""
+
+    timeout: float = Field(default=3600, gt=0)
+    """seconds after which all ranks are stopped"""
+
+    @model_validator(mode="after")
+    def _replans(self) -> TrainingSizes:
+        if self.replicas % self.ranks:
+            raise refused("must be a multiple of --ranks", field=("replicas",), found=f"--replicas {self.replicas} --ranks {self.ranks}")
+        if self.refresh >= self.steps:
+            raise refused("must be less than --steps", field=("refresh",), found=f"--refresh {self.refresh} --steps {self.steps}")
+        return self
 
 
 def add_parser(kinds: argparse._SubParsersAction) -> None:
     """Adds `bench live` to the command line."""
     text = "training with live balance (replicas, per-step split, replans) against stock Megatron: balance, experts' time, speed, loss"
     parser = kinds.add_parser("live", help=text, description=text, allow_abbrev=False)
-    for name, default, least, help_text in NUMBERS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=at_least(least), default=default, help=f"{help_text} (default %(default)s)")
-    parser.add_argument("--zipf", type=not_negative, default=1.2, help="exponent of the experts' popularity (default %(default)s)")
-    parser.add_argument("--experts-module", choices=EXPERTS, default="grouped", help="of scalemoe without replicas (default %(default)s)")
-    parser.add_argument("--timeout", type=positive, default=3600, help="seconds after which all ranks are stopped (default %(default)g)")
+    add_option_flags(parser, TrainingSizes)
     add_output_flags(parser)
     parser.set_defaults(handler=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Launches the ranks and reports. Exit code 3 if the loss of a variant differs from stock's."""
-    check_multiple(args, "experts", of="ranks")
-    check_multiple(args, "replicas", of="ranks")
-    check_topk(args)
-    if args.refresh >= args.steps:
-        raise ScaleMoEError("--refresh must be less than --steps", found=f"--refresh {args.refresh} --steps {args.steps}")
+    sizes = options_from_args(args, TrainingSizes)
     check_output(args.output, force=args.force)
     require_train_extra("scalemoe bench live")
-    result = result_of_ranks(WORKER, worker_arguments(args), ranks=args.ranks, timeout=args.timeout, quiet=args.quiet)
+    result = result_of_ranks(WORKER, flag_words(sizes), ranks=sizes.ranks, timeout=sizes.timeout, quiet=args.quiet)
     wrong = [row["variant"] for row in result["rows"] if not row["max_loss_error"] <= TOLERANCE]
     problems = [f"the loss of {', '.join(wrong)} differs from stock's by more than {TOLERANCE:g}"] if wrong else []
     return emit_measured(args, result, format_result(result), problems)
-
-
-def worker_arguments(args: argparse.Namespace) -> list[str]:
-    """The worker's command line: the same flags."""
-    names = (*(name for name, *_ in NUMBERS), "zipf", "experts_module", "timeout")
-    return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
 
 
 def format_result(result: dict) -> str:

