@@ -43,6 +43,8 @@ def test_the_log_is_read():
 def test_a_survivor_must_name_the_victim_once():
     named = "[rank 1] error: rank 0 died or hangs: no sign of life for 5 s"
     assert checks.survivor_faults({0: "", 1: named}, victim=0) == []
+    assert checks.survivor_faults({0: "", 1: "[rank 1] error: rank 0 died; rows can no longer be exchanged"}, victim=0) == []
+    assert checks.survivor_faults({0: "", 1: named.replace("rank 0", "rank 10")}, victim=0)
     assert checks.survivor_faults({0: "", 1: "Connection closed by peer"}, victim=0)
     assert checks.survivor_faults({0: "", 1: named * 2}, victim=0)
     assert checks.survivor_faults({0: "", 1: named, 2: ""}, victim=0)

@@ -95,8 +95,8 @@ def read_log(text: str) -> Log:
 
 
 def survivor_faults(errors: Mapping[int, str], victim: int) -> list[str]:
-    """Every rank but the victim must have said, once, who died. errors: rank -> its stderr."""
-    wanted = f"rank {victim} died or hangs"
+    """Every rank but the victim must have said, once, who died: by the roll call, or by the transport. errors: rank -> its stderr."""
+    wanted = f"rank {victim} died"
     counts = {rank: text.count(wanted) for rank, text in errors.items() if rank != victim}
     return [f"rank {rank} says {count} times that {wanted}" for rank, count in sorted(counts.items()) if count != 1]
 
