@@ -140,7 +140,7 @@ def main() -> int:
     parser.add_argument("eplb", type=Path, help="a checkout of https://github.com/deepseek-ai/EPLB")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--time-budget", type=float, default=4.0, help="seconds for each of our plans")
+    parser.add_argument("--time-budget", type=float, default=60.0, help="most seconds for each of our plans")
     args = parser.parse_args()
     eplb = load_eplb(args.eplb)
     rows, missed = [], []

@@ -12,6 +12,7 @@ from workload import Workload
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.network import Links
+from megatron_scalemoe.placement.budget import Budget
 from megatron_scalemoe.placement.problem import LayerProblem
 from megatron_scalemoe.placement.solvers.genetic import solve_genetic
 from megatron_scalemoe.traffic.trace import LayerTraffic, RoutingTrace
@@ -40,7 +41,7 @@ def best_ranks(rows_LCC: np.ndarray, network: Links, seed: int) -> np.ndarray:
     def fitness(_: LayerProblem, rank_C: np.ndarray) -> float:
         return busiest_ports(rows_LCC, rank_C, network)
 
-    return solve_genetic(problem, rng=np.random.default_rng(seed), deadline=np.inf, fitness=fitness)
+    return solve_genetic(problem, rng=np.random.default_rng(seed), budget=Budget(effort=2.5), fitness=fitness)
 
 
 def busiest_ports(rows_LCC: np.ndarray, rank_C: np.ndarray, network: Links) -> float:

@@ -15,8 +15,8 @@ from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.network import Links
 from megatron_scalemoe.cost.plan import PlanCost, plan_cost
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.placement.bound import gap_to
 from megatron_scalemoe.placement.defaults import SOLVER, TIME_BUDGET_S
-from megatron_scalemoe.placement.gap import gap_to
 from megatron_scalemoe.placement.solve import SolveResult, check_solver, solve_trace
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.topology.graph import Topology
@@ -28,7 +28,7 @@ class PlanRequest:
     """What to plan, for which cluster, and how hard to search. Raises `ScaleMoEError` on what cannot be.
 
     topology: of as many ranks as the trace. replicas: extra slots per layer, in total over all ranks.
-    time_budget_s: wall time for all layers together. last_steps: plan from so many recorded steps only. shared: one placement for all
+    time_budget_s: a limit, for all layers together. last_steps: plan from so many recorded steps only. shared: one placement for all
     layers, from their mean traffic.
     """
 
@@ -88,7 +88,7 @@ class PlanReport:
 
     @property
     def gap(self) -> float | None:
-        return None if self.lower_bound_us is None else gap_to(self.lower_bound_us, self.cost.total_us)
+        return gap_to(self.lower_bound_us, self.cost.total_us)
 
 
 def plan_trace(request: PlanRequest, *, progress: Callable[[int, int], None] | None = None) -> PlanReport:

@@ -10,20 +10,17 @@ import numpy as np
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.placement.bound import lower_bound_us
+from megatron_scalemoe.placement.bound import gap_to, lower_bound_us
+from megatron_scalemoe.placement.budget import Budget
 from megatron_scalemoe.placement.defaults import SOLVER, TIME_BUDGET_S
-from megatron_scalemoe.placement.gap import gap_to
 from megatron_scalemoe.placement.objective import solution_cost
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
-from megatron_scalemoe.placement.processes import run_jobs
-from megatron_scalemoe.placement.replicas.replicate import add_replicas
-from megatron_scalemoe.placement.solvers.baselines import contiguous_homes, solve_contiguous, solve_greedy, solve_random
-from megatron_scalemoe.placement.solvers.clustering import solve_clustering
+from megatron_scalemoe.placement.processes import default_processes, run_jobs
+from megatron_scalemoe.placement.replicas.add import add_replicas
+from megatron_scalemoe.placement.solvers.baselines import contiguous_homes, solve_contiguous, solve_greedy, solve_hierarchical, solve_random
 from megatron_scalemoe.placement.solvers.exact import solve_exact
 from megatron_scalemoe.placement.solvers.genetic import solve_genetic, solve_genetic_paper
-from megatron_scalemoe.placement.solvers.hierarchical import solve_hierarchical
 from megatron_scalemoe.placement.solvers.local_search import solve_local_search
-from megatron_scalemoe.placement.solvers.memetic import solve_memetic
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.topology.ports import Ports
 from megatron_scalemoe.traffic.trace import LayerTraffic, RoutingTrace
@@ -36,37 +33,38 @@ SOLVERS: dict[str, Callable[..., np.ndarray | Solution]] = {
     "hierarchical": solve_hierarchical,
     "genetic": solve_genetic,
     "genetic_paper": solve_genetic_paper,
-    "clustering": solve_clustering,
     "local_search": solve_local_search,
-    "memetic": solve_memetic,
     "exact": solve_exact,
 }
 # These are what others are compared with: they stay as they are, without our replicas, and even where contiguous is better.
 BASELINES = ("contiguous", "random", "greedy", "hierarchical", "genetic_paper")
 _WITHOUT_OUR_REPLICAS = ("contiguous", "random", "hierarchical")
+# Up to as many layers get the full number of iterations; of more layers each gets less, so that a plan takes about as long.
+_FULL_LAYERS = 2
 _REPLICA_TRIES = 4
-# Of the time, where replicas follow.
+# Of the time that may cut a search, where replicas follow.
 _HOMES_SHARE = 0.4
-# Of the whole time, for what follows the last search.
-_RESERVE = 0.04
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LayerResult:
     """One layer's placement and how good it is.
 
-    cost_us: at the ports (`objective.solution_cost`), replicas included. lower_bound_us: no placement costs less.
-    gap: see `gap.gap_to`. history: (seconds, best cost_us so far) at each improvement. seconds: of the search alone.
+    cost_us: at the ports (`objective.solution_cost`), replicas included.
+    lower_bound_us: no placement costs less; None where that is not tight (`bound`).
+    history: (seconds, best cost_us so far) at each improvement. seconds: of the search alone.
+    cut: whether the time ended the search, so that the result depends on the machine.
     """
 
     solution: Solution
     cost_us: float
-    lower_bound_us: float
+    lower_bound_us: float | None
     history: tuple[tuple[float, float], ...]
     seconds: float
+    cut: bool
 
     @property
-    def gap(self) -> float:
+    def gap(self) -> float | None:
         return gap_to(self.lower_bound_us, self.cost_us)
 
 
@@ -80,16 +78,22 @@ class SolveResult:
 
     @property
     def cost_us(self) -> float:
-        """Of all layers together; `lower_bound_us` and `gap` likewise."""
+        """Of all layers together; `lower_bound_us` and `gap` likewise, None where a layer's is None."""
         return sum(layer.cost_us for layer in self.layers)
 
     @property
-    def lower_bound_us(self) -> float:
-        return sum(layer.lower_bound_us for layer in self.layers)
+    def lower_bound_us(self) -> float | None:
+        bounds = [layer.lower_bound_us for layer in self.layers]
+        return None if None in bounds else sum(bounds)
 
     @property
-    def gap(self) -> float:
+    def gap(self) -> float | None:
         return gap_to(self.lower_bound_us, self.cost_us)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the time ended the search in a layer."""
+        return any(layer.cut for layer in self.layers)
 
 
 def solve_layer(
@@ -97,12 +101,14 @@ def solve_layer(
     solver: str,
     *,
     seed: int | list[int] = 0,
-    time_budget_s: float = 1.0,
+    time_budget_s: float = TIME_BUDGET_S,
+    effort: float = 1.0,
     progress: Callable[[float], None] | None = None,
 ) -> LayerResult:
-    """Places one layer. progress: called with each better cost in us.
+    """Places one layer. effort: share of the full number of iterations. progress: called with each better cost in us.
 
-    The result is never worse than the contiguous placement, except for the `BASELINES`. Raises `ScaleMoEError` for an unknown solver.
+    The result is never worse than the contiguous placement, except for the `BASELINES`. It depends on the seed only, unless it says that
+    the time budget cut it. Raises `ScaleMoEError` for an unknown solver.
     """
     check_solver(solver)
     began = time.monotonic()
@@ -115,13 +121,20 @@ def solve_layer(
         if progress:
             progress(cost_us)
 
-    solution = _search(problem, solver, np.random.default_rng(seed), began + time_budget_s, record)
+    budget = Budget(effort, began + time_budget_s)
+    solution = _search(problem, solver, np.random.default_rng(seed), budget, record)
     cost_us = solution_cost(problem, solution).total_us
     if solver not in BASELINES and contiguous_us < cost_us:
         solution, cost_us = contiguous, contiguous_us
     seconds = time.monotonic() - began
     history.append((seconds, cost_us))
-    return LayerResult(solution=solution, cost_us=cost_us, lower_bound_us=lower_bound_us(problem), history=tuple(history), seconds=seconds)
+    bound_us = _tight_bound_us(problem, cost_us)
+    return LayerResult(solution=solution, cost_us=cost_us, lower_bound_us=bound_us, history=tuple(history), seconds=seconds, cut=budget.cut)
+
+
+def _tight_bound_us(problem: LayerProblem, cost_us: float) -> float | None:
+    bound_us = lower_bound_us(problem)
+    return None if gap_to(bound_us, cost_us) is None else bound_us
 
 
 def check_solver(solver: str) -> None:
@@ -130,25 +143,25 @@ def check_solver(solver: str) -> None:
         raise ScaleMoEError("there is no such solver", found=repr(solver), try_=", ".join(SOLVERS))
 
 
-def _search(problem: LayerProblem, solver: str, rng: np.random.Generator, deadline: float, record: Callable[[float], None]) -> Solution:
+def _search(problem: LayerProblem, solver: str, rng: np.random.Generator, budget: Budget, record: Callable[[float], None]) -> Solution:
     replicate = problem.replicas > 0 and solver not in _WITHOUT_OUR_REPLICAS
     now = time.monotonic()
-    homes_deadline = now + (deadline - now) * (_HOMES_SHARE if replicate else 1.0)
-    found = SOLVERS[solver](problem, rng=rng, deadline=homes_deadline, progress=record)
-    if isinstance(found, Solution):
-        return found
+    homes_budget = Budget(budget.effort, now + (budget.deadline - now) * (_HOMES_SHARE if replicate else 1.0))
+    found = SOLVERS[solver](problem, rng=rng, budget=homes_budget, progress=record)
     if replicate:
-        return _with_replicas(problem, found, rng, deadline, tries=_REPLICA_TRIES if solver == SOLVER else 1)
-    return Solution.without_replicas(found, problem.num_ranks)
+        found = _with_replicas(problem, found, rng, budget, budget.iterations(_REPLICA_TRIES) if solver == SOLVER else 1)
+    budget.cut = budget.cut or homes_budget.cut
+    return found if isinstance(found, Solution) else Solution.without_replicas(found, problem.num_ranks)
 
 
-def _with_replicas(problem: LayerProblem, home_rank_E: np.ndarray, rng: np.random.Generator, deadline: float, tries: int) -> Solution:
-    """The best of `add_replicas` from these homes and from greedy ones in turn, as long as there is time: good homes need not be those that
-    are best without replicas."""
-    starts = (home_rank_E, solve_greedy(problem, rng=rng, deadline=deadline))
-    solutions = [add_replicas(problem, home_rank_E, rng=rng, deadline=deadline)]
-    while len(solutions) < tries and time.monotonic() < deadline:
-        solutions.append(add_replicas(problem, starts[len(solutions) % 2], rng=rng, deadline=deadline))
+def _with_replicas(problem: LayerProblem, home_rank_E: np.ndarray, rng: np.random.Generator, budget: Budget, tries: int) -> Solution:
+    """The best of `add_replicas` from these homes and from greedy ones in turn: good homes need not be the best ones without replicas."""
+    starts = (home_rank_E, solve_greedy(problem, rng=rng, budget=budget))
+    solutions = []
+    for i in range(tries):
+        solutions.append(add_replicas(problem, starts[i % 2], rng=rng, budget=budget))
+        if budget.over():
+            break
     return min(solutions, key=lambda solution: solution_cost(problem, solution).total_us)
 
 
@@ -161,6 +174,7 @@ def solve_trace(
     replicas: int = 0,
     seed: int = 0,
     time_budget_s: float = TIME_BUDGET_S,
+    effort: float = 1.0,
     steps: slice = slice(None),
     shared: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -168,10 +182,10 @@ def solve_trace(
 ) -> SolveResult:
     """A plan from the mean traffic of `steps` (which must hold at least one step).
 
-    replicas: extra slots per layer, over all ranks. time_budget_s: wall time for all layers together (the bounds included).
+    replicas: extra slots per layer, over all ranks. time_budget_s: a limit; where it cuts the search short, the result says so. Otherwise
+    the plan depends on `seed` only. effort: share of the full number of iterations; less than 1 for plans that are made often.
     shared: one placement for all layers, from their mean. progress: called with (layers done, layers to do).
-    processes: default as many as pay (see `placement/processes.py`). Where the time does not cut the search short, the plan depends
-    on `seed` only. Raises `ScaleMoEError` for input that does not fit.
+    processes: default as many as pay (see `processes`). Raises `ScaleMoEError` for input that does not fit.
     """
     began = time.monotonic()
     check_solver(solver)
@@ -184,11 +198,14 @@ def solve_trace(
     ]
     searched = [_mean_of_layers(problems)] if shared else problems
 
-    def job(layer: int, seconds: float) -> LayerResult:
-        return solve_layer(searched[layer], solver, seed=[seed, layer], time_budget_s=seconds)
-
-    deadline = began + time_budget_s * (1 - _RESERVE)
-    layers = run_jobs(job, len(searched), deadline=deadline, processes=processes, progress=progress)
+    processes = processes or default_processes(len(searched))
+    effort *= min(1.0, _FULL_LAYERS / len(searched))
+    turns = -(-len(searched) // processes)
+    jobs = []
+    for layer, problem in enumerate(searched):
+        deadline = began + time_budget_s * (layer // processes + 1) / turns
+        jobs.append((problem, solver, [seed, layer], deadline, effort))
+    layers = run_jobs(_solve_until, jobs, processes=processes, progress=progress)
     if shared:
         layers = [_of_layer(problem, layers[0]) for problem in problems]
     provenance = {
@@ -210,6 +227,10 @@ def solve_trace(
     return SolveResult(plan=plan, layers=tuple(layers), seconds=time.monotonic() - began)
 
 
+def _solve_until(problem: LayerProblem, solver: str, seed: list[int], deadline: float, effort: float) -> LayerResult:
+    return solve_layer(problem, solver, seed=seed, time_budget_s=deadline - time.monotonic(), effort=effort)
+
+
 def _mean_of_layers(problems: list[LayerProblem]) -> LayerProblem:
     each = [problem.traffic for problem in problems]
     together = None if each[0].coactivation is None else np.mean([t.coactivation for t in each], axis=0)
@@ -220,4 +241,4 @@ def _mean_of_layers(problems: list[LayerProblem]) -> LayerProblem:
 def _of_layer(problem: LayerProblem, shared: LayerResult) -> LayerResult:
     """The shared placement, judged by one layer's own traffic."""
     cost_us = solution_cost(problem, shared.solution).total_us
-    return dataclasses.replace(shared, cost_us=cost_us, lower_bound_us=lower_bound_us(problem))
+    return dataclasses.replace(shared, cost_us=cost_us, lower_bound_us=_tight_bound_us(problem, cost_us))

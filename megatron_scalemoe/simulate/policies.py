@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterable
 
 from megatron_scalemoe.cost.plan import plan_cost
-from megatron_scalemoe.placement.bound import lower_bound_us
+from megatron_scalemoe.placement.bound import gap_to, lower_bound_us
 from megatron_scalemoe.placement.defaults import BASELINE
-from megatron_scalemoe.placement.gap import gap_to
 from megatron_scalemoe.placement.migration import align_plan, interchangeable_ranks
 from megatron_scalemoe.placement.plan_trace import PlanRequest
 from megatron_scalemoe.placement.problem import LayerProblem
@@ -16,6 +15,9 @@ from megatron_scalemoe.placement.solve import check_solver, solve_trace
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
 from megatron_scalemoe.simulate.engine import Replanning, replanned, replay
 from megatron_scalemoe.traffic.trace import RoutingTrace
+
+# Of the iterations of a plan, where many are made.
+_REPLANNING_EFFORT = 0.125
 
 
 def planned_steps(request: PlanRequest, replanning: Replanning | None = None, *, solver: str | None = None) -> Iterable[PlacementPlan]:
@@ -27,6 +29,7 @@ def planned_steps(request: PlanRequest, replanning: Replanning | None = None, *,
     check_solver(solver)
     trace, ports = request.trace, request.links.ports
     options = {"solver": solver, "replicas": request.replicas, "seed": request.seed, "time_budget_s": request.time_budget_s}
+    options["effort"] = 1.0 if replanning is None else _REPLANNING_EFFORT
 
     def planner(trace: RoutingTrace, steps: slice, previous: PlacementPlan) -> PlacementPlan:
         made = solve_trace(trace, ports, request.cost, steps=steps, **options).plan
@@ -65,7 +68,8 @@ class Comparison:
         replayed = replay(request.trace, plans, request.links, request.cost, even=self.even, warm_up_steps=warm_up_steps)
         cost_us = plan_cost(plans[-1], request.trace, request.links, request.cost, even=self.even).total_us
         bound_us = self._lower_bound_us(plans)
-        solved = {"cost_us": cost_us, "lower_bound_us": bound_us, "gap": gap_to(bound_us, cost_us), "seconds": seconds}
+        gap = gap_to(bound_us, cost_us)
+        solved = {"cost_us": cost_us, "lower_bound_us": None if gap is None else bound_us, "gap": gap, "seconds": seconds}
         return {"policy": name, **replayed.summary(), **solved}
 
     def _lower_bound_us(self, plans: list[PlacementPlan]) -> float:

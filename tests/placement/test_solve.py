@@ -21,7 +21,7 @@ TRACE = synthesize("clustered", ranks=4, experts=16, layers=3, topk=2, steps=4, 
 @pytest.mark.parametrize("replicas", [0, 4])
 def test_every_solver_gives_a_valid_solution_between_bound_and_contiguous(solver, replicas):
     problem = clustered_problem(1, nodes=2, ranks_per_node=2, experts=16, replicas=replicas)
-    result = solve_layer(problem, solver, seed=1, time_budget_s=0.3)
+    result = solve_layer(problem, solver, seed=1, effort=0.1)
     assert_balanced(problem, result.solution.home_rank)
     slots = problem.replica_slots_per_rank
     plan = PlacementPlan.from_hosts(result.solution.home_rank[None], result.solution.hosts[None], replica_slots_per_rank=slots)
@@ -29,16 +29,9 @@ def test_every_solver_gives_a_valid_solution_between_bound_and_contiguous(solver
     contiguous_us = solve_layer(problem, "contiguous").cost_us
     assert solver in BASELINES or result.cost_us <= contiguous_us
     assert result.cost_us == pytest.approx(solution_cost(problem, result.solution).total_us, rel=1e-12)
-    assert result.lower_bound_us <= result.cost_us
-    assert result.gap == pytest.approx(result.cost_us / result.lower_bound_us - 1)
+    assert result.gap is None or 0 <= result.gap == pytest.approx(result.cost_us / result.lower_bound_us - 1)
     assert result.history[0] == (0.0, pytest.approx(contiguous_us))
     assert result.history[-1] == (result.seconds, result.cost_us)
-
-
-def test_exact_is_never_above_memetic_on_a_tiny_case():
-    problem = clustered_problem(2, nodes=2, ranks_per_node=1, experts=6, topk=1)
-    exact, memetic = (solve_layer(problem, name, time_budget_s=10) for name in ("exact", "memetic"))
-    assert exact.cost_us == pytest.approx(memetic.cost_us, rel=1e-6)
 
 
 def test_without_replicas_the_cost_is_that_of_the_homes():
@@ -55,31 +48,30 @@ def test_contiguous_and_random_leave_their_replica_slots_empty():
 
 def test_a_trace_gives_a_plan_that_says_where_it_comes_from():
     done = []
-    result = solve_trace(TRACE, PORTS, CostModel(), seed=5, time_budget_s=2, progress=lambda *at: done.append(at))
+    result = solve_trace(TRACE, PORTS, CostModel(), seed=5, effort=0.2, progress=lambda *at: done.append(at))
     assert (result.plan.num_layers, result.plan.num_ranks, len(result.layers)) == (3, 4, 3)
-    wanted = {"solver": "memetic", "seed": 5, "trace_hash": TRACE.content_hash, "steps": [0, 4, 1], "shared": False}
+    wanted = {"solver": "local_search", "seed": 5, "trace_hash": TRACE.content_hash, "steps": [0, 4, 1], "shared": False}
     assert wanted.items() <= result.plan.provenance.items()
     assert done == [(1, 3), (2, 3), (3, 3)]
     assert result.cost_us == sum(layer.cost_us for layer in result.layers)
-    assert 0 <= result.gap == result.cost_us / result.lower_bound_us - 1
+    assert not result.cut
     contiguous = solve_trace(TRACE, PORTS, CostModel(), solver="contiguous")
     assert result.cost_us < contiguous.cost_us
 
 
-def test_the_plan_depends_on_the_seed_only_not_on_the_processes():
-    def plan(solver, seed, processes):
-        arguments = {"solver": solver, "seed": seed, "time_budget_s": 60, "processes": processes}
-        return solve_trace(TRACE, PORTS, CostModel(), **arguments).plan.content_hash
+def test_the_plan_depends_on_the_seed_only_not_on_processes_and_time():
+    def plan(solver, seed, processes, **others):
+        arguments = {"solver": solver, "seed": seed, "processes": processes, "replicas": 4, "effort": 0.1}
+        return solve_trace(TRACE, PORTS, CostModel(), **arguments, **others).plan.content_hash
 
-    assert plan("memetic", 1, 2) == plan("memetic", 1, 1)
+    assert plan("local_search", 1, 2) == plan("local_search", 1, 1, time_budget_s=600)
     assert plan("random", 1, 2) == plan("random", 1, 1) != plan("random", 2, 1)
 
 
 def test_a_shared_placement_is_one_for_all_layers_judged_by_each():
-    result = solve_trace(TRACE, PORTS, CostModel(), shared=True, time_budget_s=1)
+    result = solve_trace(TRACE, PORTS, CostModel(), shared=True, effort=0.1)
     assert (result.plan.physical_to_logical == result.plan.physical_to_logical[0]).all()
     assert len({layer.cost_us for layer in result.layers}) == 3
-    assert all(layer.lower_bound_us <= layer.cost_us for layer in result.layers)
 
 
 def test_only_the_chosen_steps_count():
@@ -93,10 +85,19 @@ def test_only_the_chosen_steps_count():
     assert costs[0] == costs[1] != costs[2]
 
 
-def test_the_time_budget_holds():
+def test_a_plan_that_the_time_cut_says_so_and_is_in_time():
     began = time.monotonic()
-    result = solve_trace(TRACE, PORTS, CostModel(), time_budget_s=1.0, replicas=4)
+    result = solve_trace(TRACE, PORTS, CostModel(), time_budget_s=0.2, replicas=8, effort=1000.0)
     assert result.seconds <= time.monotonic() - began < 3.0
+    assert result.cut
+    assert result.cost_us <= solve_trace(TRACE, PORTS, CostModel(), solver="contiguous").cost_us
+
+
+def test_a_bound_that_tells_nothing_is_not_told():
+    loose = solve_trace(TRACE, PORTS, CostModel(), effort=0.1)
+    assert loose.lower_bound_us is None and loose.gap is None
+    tight = solve_trace(TRACE, PORTS, CostModel(deduplicate=False, gpu_TFLOPs=0.1), effort=0.1)
+    assert 0 <= tight.gap == tight.cost_us / tight.lower_bound_us - 1 < 0.05
 
 
 @pytest.mark.parametrize(

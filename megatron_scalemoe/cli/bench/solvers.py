@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         problem = synthetic_problem(layers, cost, seed)
         for name in solvers:
             found = solve_layer(problem, name, seed=seed, time_budget_s=layers.time_budget)
-            measured = {"cost_us": found.cost_us, "lower_bound_us": found.lower_bound_us, "gap": found.gap, "seconds": found.seconds}
+            measured = {key: getattr(found, key) for key in ("cost_us", "lower_bound_us", "gap", "seconds", "cut")}
             runs[name].append({"seed": seed, **measured})
         if not args.quiet:
             print(f"seed {seed}: {seed + 1} of {layers.seeds} layers placed", file=sys.stderr)

@@ -23,7 +23,7 @@ from megatron_scalemoe.units import format_bytes
 if TYPE_CHECKING:
     from megatron_scalemoe.placement.plan_trace import PlanRequest
 
-POLICIES = (BASELINE, "random", "greedy", "hierarchical", "genetic", "memetic")
+POLICIES = (BASELINE, "random", "greedy", "hierarchical", "genetic", "local_search")
 EXACT = "exact"
 # Above this the proof takes longer than anyone waits for a table.
 _MOST_EXACT_VARIABLES = 200
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_scalemoe.simulate.policies import Comparison
 
     replanning = replanning_from_args(args)
-    request = request_from_args(args, replanning=replanning)
+    request = request_from_args(args)
     policies = _policies(args, request)
     for policy in policies:
         check_solver(policy)

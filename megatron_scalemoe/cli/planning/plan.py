@@ -52,6 +52,7 @@ def _result(request: PlanRequest, report: PlanReport, written: str | None) -> di
         **_figures(report.cost),
         "lower_bound_us": report.lower_bound_us,
         "gap": report.gap,
+        "cut": report.solved.cut,
         "seconds": report.solved.seconds,
         "replicas": int(report.plan.num_replicas.sum()),
         "replica_slots": report.plan.num_layers * request.replicas,
@@ -100,5 +101,7 @@ def format_result(result: dict) -> str:
     notes = [f"{faster:.2f}x the speed of the contiguous placement, for one micro-batch of the trace's mean traffic."]
     if result["replicas"] < result["replica_slots"]:
         notes.append("Replica slots stay empty where the solver found no replica that saves more than it costs.")
+    if result["cut"]:
+        notes.append("The time budget cut the search short: another run may find another plan.")
     notes.append(f"Wrote {result['plan']}" if result["plan"] else "Nothing was written: add -o plan.json to keep the plan.")
     return "\n".join([table, "", *notes])

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from megatron_scalemoe.topology.graph import Topology
     from megatron_scalemoe.traffic.trace import RoutingTrace
 
-REPLANNING_BUDGET_S = 1.0
-
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
     """`--topology` and `--trace`, both needed, and the cost model's."""
@@ -35,8 +33,7 @@ def add_planning_flags(parser: argparse.ArgumentParser, *, solver: bool = True, 
     if solver:
         group.add_argument("--solver", metavar="NAME", help=f"{SOLVER} (default), or a name that `compare` shows")
     group.add_argument("--replicas", type=int, metavar="N", help="extra slots per layer, in total over all ranks (0)")
-    budget = f"{TIME_BUDGET_S:g}; {REPLANNING_BUDGET_S:g} when replanning" if replanning else f"{TIME_BUDGET_S:g}"
-    group.add_argument("--time-budget", type=float, metavar="S", help=f"seconds for a plan of all layers ({budget})")
+    group.add_argument("--time-budget", type=float, metavar="S", help=f"most seconds for a plan of all layers ({TIME_BUDGET_S:g})")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the solver (%(default)s)")
     if replanning:
         group.add_argument("--replan-every", type=int, metavar="N", help="make a new plan every N recorded steps (1, with --replan-lag)")
@@ -51,18 +48,17 @@ def add_split_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("balanced", "even"), default="balanced", help=text)
 
 
-def request_from_args(args: argparse.Namespace, *, replanning: Replanning | None = None) -> PlanRequest:
+def request_from_args(args: argparse.Namespace) -> PlanRequest:
     """Reads the files, and checks the flags. Raises `ScaleMoEError` naming the file or the flag."""
     from megatron_scalemoe.placement.plan_trace import PlanRequest
 
     trace = _load_trace(args.trace)
     topology = load_topology_for(args.topology, trace.num_ranks, args.trace, quiet=args.quiet)
-    budget_s = TIME_BUDGET_S if replanning is None else REPLANNING_BUDGET_S
     options = {
         "solver": getattr(args, "solver", None) or SOLVER,
         "replicas": args.replicas or 0,
         "seed": args.seed,
-        "time_budget_s": budget_s if args.time_budget is None else args.time_budget,
+        "time_budget_s": TIME_BUDGET_S if args.time_budget is None else args.time_budget,
         "last_steps": getattr(args, "last_steps", None),
         "shared": getattr(args, "shared", False),
     }

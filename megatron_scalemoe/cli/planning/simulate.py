@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_scalemoe.simulate.engine import replay
 
     replanning = replanning_from_args(args)
-    request = request_from_args(args, replanning=replanning)
+    request = request_from_args(args)
     policy, plans = _policy(args, request, replanning) if planning or args.plan else (BASELINE, None)
     options = {"even": args.split == "even", "warm_up_steps": replanning.lag if replanning else 0}
     replayed = baseline = replay(request.trace, request.contiguous, request.links, request.cost, **options)

@@ -68,7 +68,7 @@ def should_replan(
     saves = f"saves {saving_us / 1e3:.3g} ms a step ({share:.1%})"
     if share < policy.min_saving:
         return ReplanDecision(False, saving_us, payback_steps, f"{saves}, less than {policy.min_saving:.1%}")
-    pays = f"pays back {to_earn_us / 1e3:.3g} ms in {math.ceil(payback_steps)} steps"
+    pays = f"pays back {to_earn_us / 1e3:.3g} ms in {math.ceil(min(payback_steps, 1e15))} steps"
     if payback_steps > policy.horizon_steps:
         return ReplanDecision(False, saving_us, payback_steps, f"{saves}, but {pays}: more than {policy.horizon_steps}")
     return ReplanDecision(True, saving_us, payback_steps, f"{saves}, {pays}")

@@ -16,16 +16,15 @@ import numpy as np
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.replicas import replica_us
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.placement.budget import Budget
 from megatron_scalemoe.placement.migration import align_plan, interchangeable_ranks, migration_us, moves, replicas_removed, state_bytes
 from megatron_scalemoe.placement.objective import solution_cost
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
-from megatron_scalemoe.placement.processes import run_jobs
 from megatron_scalemoe.placement.replan.policy import ReplanDecision, ReplanPolicy, should_replan
-from megatron_scalemoe.placement.replicas.replicate import add_replicas
-from megatron_scalemoe.placement.solvers.local_search import descend
-from megatron_scalemoe.placement.solvers.memetic import solve_memetic
+from megatron_scalemoe.placement.replicas.add import add_replicas
+from megatron_scalemoe.placement.solvers.local_search import SWAPS, descend, solve_local_search
 from megatron_scalemoe.placement.solvers.port_model import port_model
-from megatron_scalemoe.placement.solvers.swap_delta import SwapTable
+from megatron_scalemoe.placement.solvers.swap_table import SwapTable
 from megatron_scalemoe.plan.fit import check_fit
 from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan
 from megatron_scalemoe.plan.split import balanced_max_load
@@ -33,10 +32,10 @@ from megatron_scalemoe.topology.ports import Ports
 from megatron_scalemoe.traffic.trace import RoutingTrace
 from megatron_scalemoe.version import __version__
 
-# Of a layer's time: when each part of the search must end. What cannot begin in time is left out.
-_KEPT_UNTIL, _NEAR_UNTIL, _FRESH_HOMES_UNTIL = 0.35, 0.6, 0.75
-# Of the whole time, for what follows the search.
-_RESERVE = 0.1
+# Beside training, few iterations: of the full number of a search.
+_EFFORT = 0.25
+# Up to as many layers get them; of more layers each gets less.
+_FULL_LAYERS = 8
 # Recorded steps, evenly spaced, that the noise of a saving is taken from.
 _NOISE_STEPS = 8
 
@@ -44,7 +43,8 @@ _NOISE_STEPS = 8
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplanOptions:
     """replicas: slots for them in each layer, over all ranks, of which each gets as many. migrate: whether homes may move.
-    time_budget_s: of the search. unpaid_us: see `policy.should_replan`. Raises `ScaleMoEError` on a value out of range.
+    time_budget_s: a limit; where it cuts the search short, the reason says so. unpaid_us: see `policy.should_replan`. Raises
+    `ScaleMoEError` on a value out of range.
     """
 
     replicas: int
@@ -108,16 +108,16 @@ def replan(trace: RoutingTrace, old: PlacementPlan, ports: Ports, cost: CostMode
 
     trace: recent traffic of the plan's layers; each recorded step is (the mean of) a micro-batch. Replicas stay in a layer unless others
     save the policy's `min_saving` there. Homes move, in those layers where that is cheapest within the policy's horizon, if `should_replan`
-    says so about all of them together. Where the time does not cut the search short, the result depends on the seed only.
+    says so about all of them together. Unless the time cuts the search short, the result depends on the seed only.
     Raises `ScaleMoEError` for input that does not fit.
     """
     _check_fits(trace, old, options)
-    deadline = time.monotonic() + options.time_budget_s * (1 - _RESERVE)
+    budget = Budget(_EFFORT * min(1.0, _FULL_LAYERS / trace.num_layers), time.monotonic() + options.time_budget_s)
     before = _with_replica_slots(old, options.replicas // old.num_ranks)
     problems = [
         LayerProblem(traffic=trace.layer(layer), ports=ports, cost=cost, replicas=options.replicas) for layer in range(trace.num_layers)
     ]
-    found_LC = _search(problems, before, options, deadline)
+    found_LC = [_candidates(problem, _solution(before, i), options, layer=i, budget=budget) for i, problem in enumerate(problems)]
     current = _candidate(before, before, problems)
     kept = _kept(current, [found[0] for found in found_LC], problems, options.policy)
     chosen, reason = kept, _replica_reason(current, kept, options.replicas)
@@ -131,36 +131,23 @@ def replan(trace: RoutingTrace, old: PlacementPlan, ports: Ports, cost: CostMode
             reason += f"; {homes} homes move: {decision.reason}"
         else:
             reason += f"; homes stay: {decision.reason if homes else 'no move would pay back'}"
+    reason += f"; the search was cut after {options.time_budget_s:g} s" if budget.cut else ""
     return _replan(old, current, chosen, problems, _provenance(trace, options), reason)
 
 
-def _search(problems: list[LayerProblem], before: PlacementPlan, options: ReplanOptions, deadline: float) -> list[list[Solution]]:
-    """For each layer its candidates: homes kept; and with `migrate`, homes downhill, and from nothing."""
-
-    def job(layer: int, seconds: float) -> list[Solution]:
-        problem, old, now = problems[layer], _solution(before, layer), time.monotonic()
-        rng, kept_until, near_until = np.random.default_rng([options.seed, layer]), now + seconds * _KEPT_UNTIL, now + seconds * _NEAR_UNTIL
-        if not options.migrate:
-            return [add_replicas(problem, old.home_rank, fixed_homes=True, old=old, rng=rng, deadline=now + seconds)]
-        kept = add_replicas(problem, old.home_rank, fixed_homes=True, old=old, rng=rng, deadline=kept_until)
-        near = fresh = kept
-        if time.monotonic() < near_until:
-            homes_E = _homes_downhill(problem, old.home_rank, rng=rng, deadline=near_until)
-            near = add_replicas(problem, homes_E, fixed_homes=True, rng=rng, deadline=near_until)
-        if time.monotonic() < now + seconds * _FRESH_HOMES_UNTIL:
-            homes_E = solve_memetic(problem, rng=rng, deadline=now + seconds * _FRESH_HOMES_UNTIL)
-            fresh = add_replicas(problem, homes_E, rng=rng, deadline=now + seconds)
-        return [kept, near, fresh]
-
-    # One process: this runs beside training, whose processes want the cores.
-    return run_jobs(job, len(problems), deadline=deadline, processes=1)
-
-
-def _homes_downhill(problem: LayerProblem, home_rank_E: np.ndarray, *, rng: np.random.Generator, deadline: float) -> np.ndarray:
-    """int64 [E]: the local optimum that swaps of two homes lead to."""
-    table = SwapTable(port_model(problem), home_rank_E)
-    descend(table, rng=rng, deadline=deadline)
-    return table.home_rank_E.copy()
+def _candidates(problem: LayerProblem, old: Solution, options: ReplanOptions, *, layer: int, budget: Budget) -> list[Solution]:
+    """Homes kept; and with `migrate`, homes downhill, and from nothing."""
+    rng = np.random.default_rng([options.seed, layer])
+    kept = add_replicas(problem, old.home_rank, fixed_homes=True, old=old, rng=rng, budget=budget)
+    if not options.migrate:
+        return [kept]
+    if budget.over():
+        return [kept, kept, kept]
+    table = SwapTable(port_model(problem), old.home_rank)
+    descend(table, budget.iterations(SWAPS), rng=rng, budget=budget)
+    near = add_replicas(problem, table.home_rank_E.copy(), fixed_homes=True, rng=rng, budget=budget)
+    fresh = add_replicas(problem, solve_local_search(problem, rng=rng, budget=budget), rng=rng, budget=budget)
+    return [kept, near, fresh]
 
 
 def _kept(current: _Candidate, found: list[Solution], problems: list[LayerProblem], policy: ReplanPolicy) -> _Candidate:

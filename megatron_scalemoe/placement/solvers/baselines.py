@@ -1,7 +1,6 @@
-"""The simple placements that every other is measured against: contiguous, random, and greedy by load.
+"""The simple placements that every other is measured against: contiguous, random, greedy by load, and EPLB's shape.
 
-Each returns int64 [E], the rank of each expert's home, E/G homes on every rank. `deadline` (a `time.monotonic()` value) is not needed:
-all end at once.
+All but the last return int64 [E], the rank of each expert's home, E/G homes on every rank. `budget` is not needed: all end at once.
 """
 
 from __future__ import annotations
@@ -10,12 +9,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_scalemoe.placement.problem import LayerProblem
+from megatron_scalemoe.placement.budget import Budget
+from megatron_scalemoe.placement.problem import LayerProblem, Solution
+from megatron_scalemoe.placement.replicas.construct import eplb_shaped
 from megatron_scalemoe.units import BYTES_PER_US_PER_GBps
 
 
 def solve_contiguous(
-    problem: LayerProblem, *, rng: np.random.Generator, deadline: float, progress: Callable[[float], None] | None = None
+    problem: LayerProblem, *, rng: np.random.Generator, budget: Budget, progress: Callable[[float], None] | None = None
 ) -> np.ndarray:
     """Megatron's own: expert e on rank e // (E/G)."""
     return contiguous_homes(problem)
@@ -27,14 +28,14 @@ def contiguous_homes(problem: LayerProblem) -> np.ndarray:
 
 
 def solve_random(
-    problem: LayerProblem, *, rng: np.random.Generator, deadline: float, progress: Callable[[float], None] | None = None
+    problem: LayerProblem, *, rng: np.random.Generator, budget: Budget, progress: Callable[[float], None] | None = None
 ) -> np.ndarray:
     """A uniformly random one."""
     return rng.permutation(contiguous_homes(problem))
 
 
 def solve_greedy(
-    problem: LayerProblem, *, rng: np.random.Generator, deadline: float, progress: Callable[[float], None] | None = None
+    problem: LayerProblem, *, rng: np.random.Generator, budget: Budget, progress: Callable[[float], None] | None = None
 ) -> np.ndarray:
     """Longest processing time first (Graham 1969) with E/G experts a rank: heaviest expert first, each on the least loaded rank with room;
     between equally loaded ranks, where its rows need the least time at the in-ports."""
@@ -48,6 +49,13 @@ def solve_greedy(
         load_G[rank] += problem.load[e]
         room_G[rank] -= 1
     return home_rank_E
+
+
+def solve_hierarchical(
+    problem: LayerProblem, *, rng: np.random.Generator, budget: Budget, progress: Callable[[float], None] | None = None
+) -> Solution:
+    """EPLB's shape: homes, and replicas where `problem.replicas` asks for them."""
+    return eplb_shaped(problem)
 
 
 def _receive_us(problem: LayerProblem) -> np.ndarray:

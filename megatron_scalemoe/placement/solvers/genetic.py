@@ -5,11 +5,11 @@ A chromosome lists the experts slot by slot; rank r has the slots r*E/G up to (r
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
 
+from megatron_scalemoe.placement.budget import Budget
 from megatron_scalemoe.placement.objective import home_cost_us
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
 from megatron_scalemoe.placement.solvers.baselines import contiguous_homes
@@ -17,7 +17,7 @@ from megatron_scalemoe.placement.solvers.baselines import contiguous_homes
 _POPULATION = 32
 _ELITE = 4
 _MUTATION_RATE = 0.5
-_GENERATIONS = 1000
+_GENERATIONS = 400
 # Generations without a better individual before the search ends.
 _PATIENCE = 100
 
@@ -28,7 +28,7 @@ def solve_genetic(
     problem: LayerProblem,
     *,
     rng: np.random.Generator,
-    deadline: float,
+    budget: Budget,
     progress: Callable[[float], None] | None = None,
     fitness: Fitness = home_cost_us,
 ) -> np.ndarray:
@@ -41,13 +41,13 @@ def solve_genetic(
     population = [np.arange(ranks_E.size)] + [rng.permutation(ranks_E.size) for _ in range(_POPULATION - 1)]
     values = [judge(slots_E) for slots_E in population]
     stale = 0
-    for _ in range(_GENERATIONS):
+    for _ in range(budget.iterations(_GENERATIONS)):
         order = np.argsort(values, kind="stable")
         best = values[order[0]]
         children = [population[i] for i in order[:_ELITE]]
         child_values = [values[i] for i in order[:_ELITE]]
         while len(children) < _POPULATION:
-            if time.monotonic() >= deadline:
+            if budget.over():
                 return homes_of_slots(children[int(np.argmin(child_values))], ranks_E)
             # Tournaments of two.
             mother, father = (population[min(rng.integers(_POPULATION, size=2), key=values.__getitem__)] for _ in range(2))
@@ -67,10 +67,10 @@ def solve_genetic(
 
 
 def solve_genetic_paper(
-    problem: LayerProblem, *, rng: np.random.Generator, deadline: float, progress: Callable[[float], None] | None = None
+    problem: LayerProblem, *, rng: np.random.Generator, budget: Budget, progress: Callable[[float], None] | None = None
 ) -> np.ndarray:
     """`solve_genetic` with the paper's own fitness."""
-    return solve_genetic(problem, rng=rng, deadline=deadline, progress=progress, fitness=paper_fitness)
+    return solve_genetic(problem, rng=rng, budget=budget, progress=progress, fitness=paper_fitness)
 
 
 def homes_of_slots(slots_E: np.ndarray, ranks_E: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_scalemoe.cli.main import main
-from megatron_scalemoe.plan.placement_plan import PlacementPlan, load_plan, save_plan
+from megatron_scalemoe.plan.placement_plan import PlacementPlan, save_plan
 from megatron_scalemoe.traffic.trace import RoutingTrace, save_trace
 from tests.simulate.test_engine import SUMMARY_KEYS, plan_with_replicas, small_trace
 
@@ -30,20 +30,20 @@ def test_by_default_the_baseline_comes_first_and_the_exact_solver_last_where_it_
     assert main([*COMPARE, "--trace", "top1.npz", "--json", "-o", "result.json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
-    assert policies(result) == ["contiguous", "random", "greedy", "hierarchical", "genetic", "memetic", "exact"]
+    assert policies(result) == ["contiguous", "random", "greedy", "hierarchical", "genetic", "local_search", "exact"]
     assert captured.err == ""
     assert json.loads(Path("result.json").read_text()) == result
     exact = result["rows"][-1]["cost_us"]
     for row in result["rows"]:
         assert set(row) >= STABLE_KEYS
         assert row["cost_us"] >= exact * (1 - 1e-9), row["policy"]
-        assert row["lower_bound_us"] <= row["cost_us"] * (1 + 1e-9), row["policy"]
+        assert row["gap"] is None or row["lower_bound_us"] <= row["cost_us"] * (1 + 1e-9), row["policy"]
 
 
 def test_what_the_exact_solver_cannot_do_is_a_note_unless_it_was_asked_for(folder, capsys, failure):
     assert main([*COMPARE, "--json"]) == 0
     captured = capsys.readouterr()
-    assert policies(json.loads(captured.out)) == ["contiguous", "random", "greedy", "hierarchical", "genetic", "memetic"]
+    assert policies(json.loads(captured.out)) == ["contiguous", "random", "greedy", "hierarchical", "genetic", "local_search"]
     assert captured.err.startswith("scalemoe: note: no exact solution: the exact solver needs co-activation")
     assert main([*COMPARE, "--json", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
@@ -63,18 +63,6 @@ def test_a_plan_costs_in_compare_what_it_costs_in_plan_and_simulate(run_json):
     assert row["policy"] == "plan.json"
     assert {key: row[key] for key in SUMMARY_KEYS.split()} == {key: simulated[key] for key in SUMMARY_KEYS.split()}
     assert row["cost_us"] == pytest.approx(planned["cost_us"])
-    assert row["lower_bound_us"] == pytest.approx(planned["lower_bound_us"])
-
-
-def test_the_bound_of_a_plan_with_replicas_is_for_its_own_slots(run_json):
-    """What no placement without replicas can reach, one with them does: the other rows keep the tighter bound."""
-    run_json("plan", *COMPARE[1:], "--replicas", "8", "-o", "plan.json")
-    assert load_plan(Path("plan.json")).num_replicas.sum() > 0
-    contiguous, row = run_json(*COMPARE, "--policies", "contiguous", "--plans", "plan.json")["rows"]
-    assert row["cost_us"] < contiguous["lower_bound_us"]
-    # Mean counts of few tokens, made whole: the cost may be a little below the bound of the means.
-    assert row["lower_bound_us"] < row["cost_us"] * 1.001
-    assert row["gap"] == pytest.approx(row["cost_us"] / row["lower_bound_us"] - 1)
 
 
 def test_a_plan_file_named_like_a_solver_takes_no_ones_place(run_json):
@@ -115,7 +103,7 @@ def test_the_table_names_the_fastest_and_has_a_line_for_each_policy(run_text):
 @pytest.mark.parametrize("topk", [1, 2])
 def test_a_trace_without_tokens_is_compared_too(run_json, run_text, topk):
     save_trace(RoutingTrace(np.zeros((2, 2, 4, 8), dtype=int), meta={"topk": topk}), Path("zero.npz"))
-    out = run_text(*COMPARE, "--trace", "zero.npz", "--policies", "random", "memetic", "--replicas", "4")
+    out = run_text(*COMPARE, "--trace", "zero.npz", "--policies", "random", "local_search", "--replicas", "4")
     assert "Fastest: contiguous, 1.00x" in out
     rows = run_json(*COMPARE, "--trace", "zero.npz", "--policies", "random")["rows"]
     assert [(row["step_us"], row["gap"], row["max_over_mean_p95"]) for row in rows] == [(0, 0, 1), (0, 0, 1)]

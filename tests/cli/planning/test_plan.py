@@ -42,11 +42,10 @@ def with_trace(counts: np.ndarray, **meta: object) -> list[str]:
 def test_json_has_the_stable_keys_and_the_contiguous_baseline(run_json):
     result = run_json(*PLAN)
     assert set(result) >= STABLE_KEYS
-    assert (result["solver"], result["baseline"]["solver"]) == ("memetic", "contiguous")
-    assert 0 < result["lower_bound_us"] <= result["cost_us"] < result["baseline"]["cost_us"]
-    assert result["gap"] == pytest.approx(result["cost_us"] / result["lower_bound_us"] - 1)
+    assert (result["solver"], result["baseline"]["solver"]) == ("local_search", "contiguous")
+    assert result["cost_us"] < result["baseline"]["cost_us"]
+    assert result["cut"] in (False, True)
     assert sum(layer["cost_us"] for layer in result["layers"]) == pytest.approx(result["cost_us"])
-    assert sum(layer["lower_bound_us"] for layer in result["layers"]) == pytest.approx(result["lower_bound_us"])
 
 
 def test_the_printed_costs_are_those_of_the_written_plan_on_the_links(run_json):
@@ -66,7 +65,7 @@ def test_the_printed_costs_are_those_of_the_written_plan_on_the_links(run_json):
 def test_the_table_shows_both_placements_and_what_was_written(run_text):
     out = run_text(*PLAN, "--replicas", "4", "-o", "plan.json")
     header, _, cost, *_ = out.splitlines()
-    assert header.split() == ["contiguous", "memetic"]
+    assert header.split() == ["contiguous", "local_search"]
     assert re.fullmatch(r"cost, all layers +\d+\.\d{3} ms +\d+\.\d{3} ms", cost)
     assert re.search(r"replicas used +0 +\d+ of 12 slots", out)
     assert out.endswith("Wrote plan.json\n")

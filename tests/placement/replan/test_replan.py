@@ -16,7 +16,7 @@ from megatron_scalemoe.traffic.trace import RoutingTrace
 RANKS, EXPERTS, LAYERS = 4, 16, 3
 PORTS = two_level_ports(2, 2)
 COST = CostModel(hidden_size=1024, ffn_hidden_size=512, gpu_TFLOPs=100, micro_batches=8)
-OPTIONS = ReplanOptions(replicas=4, migrate=False, time_budget_s=1.0, seed=0)
+OPTIONS = ReplanOptions(replicas=4, migrate=False, time_budget_s=60.0, seed=0)
 
 
 def zipf_trace(seed: int, *, exponent: float = 1.2, steps: int = 4, tokens: int = 4096) -> RoutingTrace:
@@ -49,10 +49,7 @@ def test_its_own_result_stays(migrate):
     first = replan(trace, start(), PORTS, COST, options)
     again = replan(trace, first.plan, PORTS, COST, options)
     assert again.current_us == pytest.approx(first.planned_us)
-    if again.changed:  # on a busy machine time cut the first search short: then a layer must gain enough
-        assert again.planned_us < again.current_us * (1 - OPTIONS.policy.min_saving / LAYERS / 2)
-    else:
-        assert again.plan.content_hash == first.plan.content_hash and again.planned_us == again.current_us
+    assert again.plan.content_hash == first.plan.content_hash and again.planned_us == again.current_us
 
 
 def bad_homes() -> tuple[RoutingTrace, PlacementPlan]:

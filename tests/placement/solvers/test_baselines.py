@@ -1,11 +1,11 @@
 import itertools
-import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_scalemoe.placement.budget import Budget
 from megatron_scalemoe.placement.objective import home_cost_us
 from megatron_scalemoe.placement.problem import LayerProblem
 from megatron_scalemoe.placement.solvers.baselines import solve_contiguous, solve_greedy, solve_random
@@ -15,7 +15,7 @@ from tests.placement.search_cases import assert_balanced, clustered_problem
 
 
 def solved(solver, problem, seed=0):
-    return solver(problem, rng=np.random.default_rng(seed), deadline=math.inf)
+    return solver(problem, rng=np.random.default_rng(seed), budget=Budget())
 
 
 def problem_of_loads(load_E, ranks):

@@ -1,4 +1,3 @@
-import math
 import time
 
 import numpy as np
@@ -6,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_scalemoe.placement.budget import Budget
 from megatron_scalemoe.placement.objective import home_cost_us
 from megatron_scalemoe.placement.solvers.baselines import contiguous_homes
 from megatron_scalemoe.placement.solvers.genetic import (
@@ -55,16 +55,16 @@ def test_the_papers_fitness_is_its_formula():
 @pytest.mark.parametrize(("solve", "fitness"), [(solve_genetic, home_cost_us), (solve_genetic_paper, paper_fitness)])
 def test_each_fitness_falls_and_a_seed_repeats(solve, fitness):
     problem, values = clustered_problem(2, nodes=2, ranks_per_node=2, experts=16, tokens=500), []
-    home_E = solve(problem, rng=np.random.default_rng(1), deadline=math.inf, progress=values.append)
+    home_E = solve(problem, rng=np.random.default_rng(1), budget=Budget(), progress=values.append)
     assert_balanced(problem, home_E)
     assert values == sorted(values, reverse=True)
     assert fitness(problem, home_E) == pytest.approx(values[-1], rel=1e-12)
     assert fitness(problem, home_E) < 0.97 * fitness(problem, contiguous_homes(problem))
-    assert np.array_equal(home_E, solve(problem, rng=np.random.default_rng(1), deadline=math.inf))
+    assert np.array_equal(home_E, solve(problem, rng=np.random.default_rng(1), budget=Budget()))
 
 
 def test_a_passed_deadline_still_gives_a_placement_not_worse_than_contiguous():
     problem = clustered_problem(3)
-    home_E = solve_genetic(problem, rng=np.random.default_rng(0), deadline=time.monotonic() - 1)
+    home_E = solve_genetic(problem, rng=np.random.default_rng(0), budget=Budget(deadline=time.monotonic() - 1))
     assert_balanced(problem, home_E)
     assert home_cost_us(problem, home_E) <= home_cost_us(problem, contiguous_homes(problem))

@@ -9,7 +9,7 @@ import heapq
 
 import numpy as np
 
-from megatron_scalemoe.placement.problem import Solution
+from megatron_scalemoe.placement.problem import LayerProblem, Solution
 
 
 def chained_replicas(
@@ -87,28 +87,6 @@ def packed_replicas(load_E: np.ndarray, *, ranks: int, replicas: int, per_rank: 
     return Solution(home_rank_E, hosts_EG)
 
 
-def packed_beside_homes(
-    load_E: np.ndarray, home_rank_E: np.ndarray, node_of_rank_G: np.ndarray, *, replicas: int, per_rank: int, own_node: bool
-) -> Solution:
-    """As `packed_replicas`, but all homes stay where they are. own_node: only ranks in the node of the expert's home take its replicas."""
-    ranks = node_of_rank_G.size
-    solution = Solution.without_replicas(home_rank_E, ranks)
-    more_E = copies_by_load(load_E, replicas, ranks) - 1
-    per_copy_E = load_E / (more_E + 1)
-    load_G, free_G = np.bincount(home_rank_E, per_copy_E, ranks), np.full(ranks, per_rank)
-    heaviest_first = np.argsort(-np.repeat(per_copy_E, more_E), kind="stable")
-    for expert in np.repeat(np.arange(load_E.size), more_E)[heaviest_first]:
-        can_G = (free_G > 0) & ~solution.hosts[expert]
-        if own_node:
-            can_G &= node_of_rank_G == node_of_rank_G[home_rank_E[expert]]
-        if can_G.any():
-            rank = int(np.where(can_G, load_G, np.inf).argmin())
-            solution.hosts[expert, rank] = True
-            free_G[rank] -= 1
-            load_G[rank] += per_copy_E[expert]
-    return solution
-
-
 def copies_by_load(load_E: np.ndarray, replicas: int, ranks: int) -> np.ndarray:
     """int64 [E]: copies of each expert: one each, then one more of whichever has the largest load a copy (at most one a rank)."""
     copies_E = np.ones(load_E.size, dtype=np.int64)
@@ -138,3 +116,30 @@ def balanced_homes(load_E: np.ndarray, ranks: int) -> np.ndarray:
         if homes + 1 < load_E.size // ranks:
             heapq.heappush(heap, (load + load_E[expert], homes + 1, rank))
     return home_rank_E
+
+
+def eplb_shaped(problem: LayerProblem) -> Solution:
+    """After the shape of DeepSeek's EPLB (github.com/deepseek-ai/EPLB): experts to nodes, copies of the hottest within each, to its ranks.
+    Replicas are fewer than asked for, where no rank has room for a further copy.
+
+    It looks at loads only and thinks of each expert's tokens as split evenly over its copies. It differs from EPLB where our plans are
+    stricter: a rank never holds an expert twice, and each has E/G homes. Traces name no expert groups: every expert is its own group.
+
+    Node by node where all nodes have as many ranks, and as many replicas each; otherwise the cluster counts as one node.
+    """
+    load_E, node_of_rank_G = problem.load, problem.ports.node_of_rank
+    ranks_per_node = problem.ports.node_sizes
+    nodes = problem.ports.num_nodes
+    if np.ptp(ranks_per_node) or problem.replicas % nodes:
+        nodes, node_of_rank_G = 1, np.zeros_like(node_of_rank_G)
+    node_of_E = balanced_homes(load_E, nodes)
+    home_rank_E = np.empty(load_E.size, dtype=np.int64)
+    hosts_EG = np.zeros((load_E.size, problem.num_ranks), dtype=bool)
+    for node in range(nodes):
+        experts, ranks = np.flatnonzero(node_of_E == node), np.flatnonzero(node_of_rank_G == node)
+        inside = packed_replicas(
+            load_E[experts], ranks=ranks.size, replicas=problem.replicas // nodes, per_rank=problem.replica_slots_per_rank
+        )
+        home_rank_E[experts] = ranks[inside.home_rank]
+        hosts_EG[np.ix_(experts, ranks)] = inside.hosts
+    return Solution(home_rank_E, hosts_EG)

@@ -5,7 +5,7 @@ from megatron_scalemoe.cost.layer import exchange_us
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.placement.objective import home_cost_us
 from megatron_scalemoe.placement.solvers.port_model import port_model
-from megatron_scalemoe.placement.solvers.swap_delta import SLOPE, SwapTable
+from megatron_scalemoe.placement.solvers.swap_table import SLOPE, SwapTable
 from megatron_scalemoe.traffic.matrices import distinct_factor
 from tests.placement.search_cases import clustered_problem, uneven_ports
 
