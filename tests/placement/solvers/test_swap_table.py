@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -6,8 +8,16 @@ from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.placement.objective import home_cost_us
 from megatron_scalemoe.placement.solvers.port_model import port_model
 from megatron_scalemoe.placement.solvers.swap_table import SLOPE, SwapTable
+from megatron_scalemoe.topology.ports import Ports, PortSide, two_level_ports
 from megatron_scalemoe.traffic.matrices import distinct_factor
 from tests.placement.search_cases import clustered_problem, uneven_ports
+
+
+def slow_senders() -> Ports:
+    """In one node, out-ports a tenth of the in-ports: what ranks send to each other decides, not what they receive."""
+    ports = two_level_ports(1, 8)
+    return dataclasses.replace(ports, out=PortSide(*(GBps / 10 for GBps in ports.out)))
+
 
 PROBLEMS = {
     "one node": clustered_problem(1),
@@ -19,7 +29,7 @@ PROBLEMS = {
     "no co-activation": clustered_problem(7, nodes=4, ranks_per_node=2, coactivation=False),
     "every row sent": clustered_problem(8, cost=CostModel(deduplicate=False)),
     "overlap": clustered_problem(9, nodes=2, ranks_per_node=4, cost=CostModel(overlap=0.7, exchange_overhead_us=3.0)),
-    "senders matter": clustered_problem(10, nodes=2, ranks_per_node=4, affinity=0.9),
+    "senders matter": clustered_problem(10, ports=slow_senders(), affinity=0.9),
     "two ranks": clustered_problem(11, nodes=2, ranks_per_node=1, experts=8),
 }
 
