@@ -35,7 +35,9 @@ from megatron_scalemoe.mcore.checkpoint.optimizer import (
     check_optimizer,
     is_distributed,
     load_optimizer_state,
+    optimizer_parts,
     prepare_optimizer_state,
+    ranges_without_padding,
     sharded_optimizer_state,
 )
 from megatron_scalemoe.mcore.checkpoint.rng import restore_rng_state, sharded_rng_state
@@ -89,7 +91,8 @@ def save_checkpoint(
     state[CHECKSUMS_KEY] = state_checksums(model_state.values(), optimizer)
     if optimizer is not None:
         prepare_optimizer_state(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=metadata)
+        with ranges_without_padding(optimizer_parts(optimizer)):
+            state["optimizer"] = optimizer.sharded_state_dict(state, metadata=metadata)
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
     state["rng_state"] = sharded_rng_state(groups)

@@ -4,14 +4,17 @@
 step, loss scale) are nested accordingly, and the library loads them into the same nesting only. The tensors are found by key, whatever the
 nesting. So each optimizer's tensors are loaded by key, and its plain values are looked up by what identifies a parameter group.
 
-Saving is the library's own `optimizer.sharded_state_dict`: only loading is different.
+Saving is the library's own `optimizer.sharded_state_dict`, mended by `ranges_without_padding`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import megatron.core
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedBase
@@ -70,6 +73,27 @@ def prepare_optimizer_state(optimizer: Any) -> None:
             state = part.optimizer.state[parameter]
             if not state:
                 state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+
+
+@contextlib.contextmanager
+def ranges_without_padding(parts: Iterable[Any]) -> Iterator[None]:
+    """Inside, distributed optimizers can save `fully_reshardable` state that lies in several buckets.
+
+    Megatron-Core 0.16 joins the buckets without the padding at their ends, and then cuts each parameter's state out where it would be with
+    it (https://github.com/NVIDIA/Megatron-LM/blob/core_v0.16.1/megatron/core/optimizer/distrib_optimizer.py#L1501): all behind the first
+    padding would be saved as something else.
+    """
+    with contextlib.ExitStack() as stack:
+        for part in parts if megatron.core.__version__.startswith("0.16.") else ():
+            for buffer in part.buffers if type(part) is DistributedOptimizer else ():
+                stack.callback(setattr, buffer, "param_index_map", buffer.param_index_map)
+                joined = itertools.accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
+                padding = [bucket.offset - before for bucket, before in zip(buffer.buckets, joined, strict=False)]
+                buffer.param_index_map = {
+                    parameter: (start - padding[index], end - padding[index], index)
+                    for parameter, (start, end, index) in buffer.param_index_map.items()
+                }
+        yield
 
 
 def sharded_optimizer_state(optimizer: Any, model_state: dict, metadata: dict, available: set[str]) -> dict[int, dict]:

@@ -3,21 +3,25 @@
 training.save_checkpoint               the plan goes beside the checkpoint
 checkpointing.generate_state_dict      checksums of parameters and optimizer state go into it
 training.load_checkpoint               afterwards: is in memory what was saved?
+DistributedOptimizer.sharded_param_state_fully_reshardable    several buckets are saved right
 checkpointing._load_base_checkpoint    before tensors are read: is the optimizer state in an order that this run can read?
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.mcore.checkpoint.checkpoint import checkpoint_groups, named_chunks, sharded_model_state
 from megatron_scalemoe.mcore.checkpoint.checksums import CHECKSUMS_KEY, check_state, state_checksums
 from megatron_scalemoe.mcore.checkpoint.layout import ExpertOrder, check_optimizer_layout, expert_order
+from megatron_scalemoe.mcore.checkpoint.optimizer import ranges_without_padding
 from megatron_scalemoe.mcore.scripts import hooks
 from megatron_scalemoe.mcore.scripts.session import TrainingSession
 
@@ -50,6 +54,13 @@ def attach(session: TrainingSession) -> None:
     hooks.attach(training, session, save_checkpoint=_save_checkpoint)
     hooks.attach(training, loading, load_checkpoint=_load_checkpoint)
     hooks.attach(checkpointing, loading, generate_state_dict=_generate_state_dict, _load_base_checkpoint=_load_base_checkpoint)
+    save_state = DistributedOptimizer.sharded_param_state_fully_reshardable
+    DistributedOptimizer.sharded_param_state_fully_reshardable = functools.partialmethod(_mended, save_state)
+
+
+def _mended(part: DistributedOptimizer, save_state: Callable, *args: Any, **options: Any) -> dict | None:
+    with ranges_without_padding([part]):
+        return save_state(part, *args, **options)
 
 
 def _save_checkpoint(session: TrainingSession, original: Callable, *args: Any, **options: Any) -> None:
