@@ -136,14 +136,14 @@ class LayerMeter:
         return figures
 
     def _counted(self) -> np.ndarray:
-        """int64 [L, X] of this rank, L layers of the whole model: rows computed [G], in the column of the rank; stayed, left, selections,
-        kept; and two columns for the placement."""
+        """int64 [L, X] of this rank, L layers of the whole model: rows computed [G], in the column of the rank; selections; rows sent:
+        stayed, left, padding; and two columns for the placement."""
         ep = self._groups.ep
         counted_LX = np.zeros((len(self._live.model.layer_numbers), ep.size() + 6), dtype=np.int64)
         for live in self._live.layers:
             dispatcher = live.layer.token_dispatcher
             counted_LX[live.row, ep.rank()] = int(dispatcher.rows_computed)
-            counted_LX[live.row, ep.size() : -2] = [int(count) for count in dataclasses.astuple(dispatcher.traffic)]
+            counted_LX[live.row, ep.size() : -2] = dispatcher.selections, *map(int, dataclasses.astuple(dispatcher.rows_sent))
         return counted_LX
 
     def _placement_columns(self) -> np.ndarray:
@@ -157,8 +157,8 @@ class LayerMeter:
         return columns_LX
 
     def _figures(self, number: int, row_X: list[int], steps: int) -> LayerFigures:
-        *load_G, stayed, left, selections, kept, replicas, homes_moved = row_X
-        kept /= self._groups.expert_tp.size()  # each of these ranks computes its part of every row
+        *load_G, selections, stayed, left, padding, replicas, homes_moved = row_X
+        kept = (sum(load_G) - padding) / self._groups.expert_tp.size()  # each of these ranks computes its part of every row
         sent, row_bytes = stayed + left, self._sizes.hidden_size * self._sizes.dtype.itemsize
         return LayerFigures(
             layer=number,

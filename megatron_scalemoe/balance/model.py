@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_scalemoe.balance.groups import Groups
 from megatron_scalemoe.balance.migrate.state import Parameter
 from megatron_scalemoe.balance.replicas import LayerReplicas
+from megatron_scalemoe.dispatch.base import RowsSent
 from megatron_scalemoe.dispatch.placed import LayerPlacement
-from megatron_scalemoe.dispatch.traffic_counts import TrafficCounts
 from megatron_scalemoe.plan.placement_plan import EMPTY, PlacementPlan
 
 
@@ -53,10 +53,11 @@ class Router(Protocol):
 
 
 class TokenDispatcher(Protocol):
-    """rows_computed: by this rank's experts, since the start."""
+    """Counts since the start. rows_computed: by this rank's experts. selections: (token, expert) pairs that its router should have made."""
 
     rows_computed: int | Tensor
-    traffic: TrafficCounts
+    rows_sent: RowsSent
+    selections: int
 
     def set_placement(self, placement: LayerPlacement | None) -> None: ...
 

@@ -22,6 +22,21 @@ class InFlight:
     state: Any
 
 
+Count = int | Tensor  # on a GPU a tensor of one number, so that nothing waits for the device
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowsSent:
+    """Rows that this rank sent to itself and to other ranks in a dispatch; how many of them are zeros, up to a capacity."""
+
+    stayed: Count = 0
+    left: Count = 0
+    padding: int = 0
+
+    def __add__(self, other: RowsSent) -> RowsSent:
+        return RowsSent(self.stayed + other.stayed, self.left + other.left, self.padding + other.padding)
+
+
 class Dispatcher(abc.ABC):
     """Carries rows to the ranks of their experts and back.
 
@@ -55,6 +70,10 @@ class Dispatcher(abc.ABC):
     @abc.abstractmethod
     def restore(self, x: Tensor, metadata: Any) -> Tensor:
         """Undo `prepare`: sum the rows that came back for each token, [T, D]."""
+
+    @abc.abstractmethod
+    def rows_sent(self, metadata: Any) -> RowsSent:
+        """What the dispatch of this metadata sent. Does not wait for the device."""
 
     def dispatch(self, x_TD: Tensor, probs_TE: Tensor, routing_map_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Tokens to experts: x [T, D], probs [T, E], routing_map bool [T, E] -> what `expand` returns."""

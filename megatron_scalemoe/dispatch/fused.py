@@ -9,7 +9,7 @@ import dataclasses
 
 from torch import Tensor
 
-from megatron_scalemoe.dispatch.base import Dispatcher, InFlight
+from megatron_scalemoe.dispatch.base import Dispatcher, InFlight, RowsSent
 from megatron_scalemoe.ops import library
 from megatron_scalemoe.ops.route import route
 from megatron_scalemoe.ops.transports.registry import registered
@@ -25,11 +25,10 @@ class Arrived:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FusedMetadata:
-    """What `combine` needs: the transport's own map, and the columns that each token went to, `num_local_experts` of them on each rank."""
+    """What `combine` needs: the transport's own map, and the columns that each token went to."""
 
     map: Tensor
     experts_TK: Tensor
-    num_local_experts: int
 
 
 class FusedDispatcher(Dispatcher):
@@ -71,8 +70,7 @@ class FusedDispatcher(Dispatcher):
         experts_TK: Tensor = flight.state
         sent = flight.x.contiguous(), experts_TK, flight.probs.contiguous()
         rows, row_probs, tokens_per_expert, map = library.dispatch(self.transport, *sent, self.num_local_experts, self.alignment)
-        metadata = FusedMetadata(map, experts_TK, self.num_local_experts)
-        return InFlight(rows, row_probs, Arrived(tokens_per_expert, metadata))
+        return InFlight(rows, row_probs, Arrived(tokens_per_expert, FusedMetadata(map, experts_TK)))
 
     def expand(self, flight: InFlight) -> tuple[Tensor, Tensor, Tensor, FusedMetadata]:
         arrived: Arrived = flight.state
@@ -90,6 +88,13 @@ class FusedDispatcher(Dispatcher):
 
     def restore(self, x: Tensor, metadata: FusedMetadata) -> Tensor:
         return x
+
+    def rows_sent(self, metadata: FusedMetadata) -> RowsSent:
+        goes_TK, rank_TK = metadata.experts_TK >= 0, metadata.experts_TK // self.num_local_experts
+        # a row for each rank, though several of the token's experts may be there
+        goes_TK[:, 1:] &= rank_TK[:, 1:] != rank_TK[:, :-1]
+        stayed = (goes_TK & (rank_TK == registered(self.transport).group.rank())).sum()
+        return RowsSent(stayed, goes_TK.sum() - stayed)
 
 
 def repeat_per_shard(x_TE: Tensor, num_local_experts: int, expert_tp_size: int) -> Tensor:

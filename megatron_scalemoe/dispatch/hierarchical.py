@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_scalemoe.dispatch.base import Dispatcher, InFlight
+from megatron_scalemoe.dispatch.base import Dispatcher, InFlight, RowsSent
 from megatron_scalemoe.dispatch.fused import repeat_per_shard
 from megatron_scalemoe.dispatch.ragged import RaggedDispatcher, Received
 from megatron_scalemoe.ops.permute import RowMap, unpermute
@@ -81,6 +81,10 @@ class HierarchicalDispatcher(Dispatcher):
 
     def restore(self, x: Tensor, metadata: Inside) -> Tensor:
         return unpermute(x, metadata.sent)
+
+    def rows_sent(self, metadata: Inside) -> RowsSent:
+        """Not known."""
+        return RowsSent()
 
 
 def _by_column(probs_NK: Tensor, experts_NK: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:

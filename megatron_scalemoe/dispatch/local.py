@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_scalemoe.dispatch.base import Dispatcher, InFlight
+from megatron_scalemoe.dispatch.base import Dispatcher, InFlight, RowsSent
 from megatron_scalemoe.ops.permute import RowMap, permute, row_map, unpermute
 
 
@@ -35,3 +35,6 @@ class LocalDispatcher(Dispatcher):
 
     def restore(self, x: Tensor, metadata: RowMap) -> Tensor:
         return x
+
+    def rows_sent(self, metadata: RowMap) -> RowsSent:
+        return RowsSent(stayed=metadata.index_M.numel())

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_scalemoe.dispatch.base import Dispatcher, InFlight
+from megatron_scalemoe.dispatch.base import Dispatcher, InFlight, RowsSent
 from megatron_scalemoe.ops.permute import RowMap, permute, row_map, unpermute
 from megatron_scalemoe.ops.ragged import naming_failure, ragged_all_to_all
 
@@ -71,6 +71,11 @@ class PaddedDispatcher(Dispatcher):
 
     def restore(self, x: Tensor, metadata: PaddedMetadata) -> Tensor:
         return unpermute(x.index_select(0, metadata.slot_N), metadata.kept)
+
+    def rows_sent(self, metadata: PaddedMetadata) -> RowsSent:
+        stayed = self.num_local_experts * metadata.capacity
+        rows = stayed * self.group.size()
+        return RowsSent(stayed, rows - stayed, padding=rows - metadata.slot_N.numel())
 
     def _capacity(self, routing_map_TE: Tensor) -> int:
         """Rows per (source rank, expert), agreed by all ranks."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_scalemoe.dispatch.base import Dispatcher, InFlight
+from megatron_scalemoe.dispatch.base import Dispatcher, InFlight, RowsSent
 from megatron_scalemoe.ops.ragged import naming_failure
 from megatron_scalemoe.plan.placement_plan import EMPTY
 from megatron_scalemoe.plan.split import split_tokens
@@ -105,6 +105,9 @@ class PlacedDispatcher(Dispatcher):
 
     def restore(self, x: Tensor, metadata: Any) -> Tensor:
         return self._inner.restore(x, metadata)
+
+    def rows_sent(self, metadata: Any) -> RowsSent:
+        return self._inner.rows_sent(metadata)
 
 
 def gather_by_collective(group: dist.ProcessGroup, counts_E: Tensor) -> Tensor:

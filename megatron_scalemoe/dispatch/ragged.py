@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_scalemoe.dispatch.base import Dispatcher, InFlight
+from megatron_scalemoe.dispatch.base import Dispatcher, InFlight, RowsSent
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.permute import RowMap, permute, row_map, unpermute
 from megatron_scalemoe.ops.ragged import PendingCounts, Splits, pack_rows, ragged_all_to_all, send_rows, start_count_exchange
@@ -116,6 +116,10 @@ class RaggedDispatcher(Dispatcher):
 
     def restore(self, x: Tensor, metadata: RaggedMetadata) -> Tensor:
         return unpermute(x, metadata.sent)
+
+    def rows_sent(self, metadata: RaggedMetadata) -> RowsSent:
+        stayed = metadata.splits.input[self.group.rank()]
+        return RowsSent(stayed, sum(metadata.splits.input) - stayed)
 
     def _wanted_by_rank(self, routing_map_TE: Tensor) -> Tensor:
         """bool [G, T, L]: does token t want expert l of rank g?"""

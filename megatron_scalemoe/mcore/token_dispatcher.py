@@ -13,14 +13,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scalemoe.config import ScaleMoEConfig
-from megatron_scalemoe.dispatch.base import Dispatcher
+from megatron_scalemoe.dispatch.base import Dispatcher, RowsSent
 from megatron_scalemoe.dispatch.fused import FusedDispatcher
 from megatron_scalemoe.dispatch.hierarchical import HierarchicalDispatcher
 from megatron_scalemoe.dispatch.local import LocalDispatcher
 from megatron_scalemoe.dispatch.padded import PaddedDispatcher
 from megatron_scalemoe.dispatch.placed import LayerPlacement, PlacedDispatcher, gather_by_collective
 from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
-from megatron_scalemoe.dispatch.traffic_counts import TrafficCounts
 from megatron_scalemoe.dispatch.transport_choice import CallSizes, Channel, channel_of, check_transport
 from megatron_scalemoe.ops import library
 
@@ -76,8 +75,8 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
     steps except the exchange of counts, which starts in the first step and is waited for in the second (with replicas, another one in the
     first). The transport is opened in the first step of all.
 
-    dispatcher: None before that. rows_computed: rows that this rank's experts got in training so far. traffic: what else
-    training counted. counting: off while a step is repeated.
+    dispatcher: None before that. rows_computed: rows that this rank's experts got in training so far. rows_sent: by this rank, likewise.
+    selections: (token, expert) pairs that its router should have made for that, tokens x top-k. counting: off while a step is repeated.
     """
 
     def __init__(self, scalemoe: ScaleMoEConfig, config: TransformerConfig, pg_collection: ProcessGroupCollection):
@@ -89,7 +88,7 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
         self._placement: LayerPlacement | None = None
         self._outdated = True
         self.rows_computed = 0
-        self.traffic = TrafficCounts()
+        self.rows_sent, self.selections = RowsSent(), 0
         self.counting = True
         self._hidden_shape = self._flight = self._metadata = None
 
@@ -115,10 +114,9 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
         self._flight = None  # frees the received rows
         rows, tokens_per_expert, row_probs, self._metadata = self.dispatcher.expand(flight)
         if self.counting and torch.is_grad_enabled():  # not in evaluation, and once with recomputation
-            num_rows = tokens_per_expert.sum()
-            self.rows_computed = self.rows_computed + num_rows
-            selections = self._hidden_shape[:-1].numel() * self.config.moe_router_topk
-            self.traffic.add(self._metadata, self._pg_collection.tp_ep, selections, num_rows)
+            self.rows_computed = self.rows_computed + tokens_per_expert.sum()
+            self.rows_sent += self.dispatcher.rows_sent(self._metadata)
+            self.selections += self._hidden_shape[:-1].numel() * self.config.moe_router_topk
         return rows, tokens_per_expert, row_probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:

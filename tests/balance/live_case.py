@@ -123,7 +123,7 @@ def repeated_steps(setup: Setup, steps: int, *, repeat: bool, place: str = "none
     counted = {
         "routed": [live_layer.layer.router.tokens_per_expert.tolist() for live_layer in live.layers],
         "computed": [int(dispatcher.rows_computed) for dispatcher in dispatchers],
-        "selections": [dispatcher.traffic.selections for dispatcher in dispatchers],
+        "selections": [dispatcher.selections for dispatcher in dispatchers],
     }
     learnt = live.sequences._learner._counts_RLE.sum().item() if live.sequences is not None else None
     live.close()
