@@ -34,7 +34,8 @@ import torch
 from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops import native
-from megatron_scalemoe.ops.transports.shm import ShmTransport, open_arena
+from megatron_scalemoe.ops.transports.shm import ShmTransport
+from megatron_scalemoe.ops.transports.shm_memory import open_arena
 
 NOTICED_LIMIT_S, START_LIMIT_S = 2.0, 5.0
 STEP_TIMEOUT_S, HANG_TIMEOUT_S = 30.0, 0.5
@@ -134,7 +135,7 @@ def run_rank(rank: int, kill: Kill, pipes: Pipes, report: int) -> None:
     timeout_s = HANG_TIMEOUT_S if kill.signal == signal.SIGSTOP else STEP_TIMEOUT_S
     draw = random.Random(kill.seed * 10 + rank)
     try:
-        arena = open_arena(rank, kill.ranks, lambda mine: pipes.exchange(rank, timeout_s, mine), timeout_s)
+        arena = open_arena(rank, range(kill.ranks), lambda mine: pipes.exchange(rank, timeout_s, mine), timeout_s)
         with ShmTransport(arena) as transport:
             os.write(report, b"ready\n")
             while True:

@@ -12,8 +12,6 @@ namespace {
 
 enum Dtype : int32_t { kFp32 = 0, kBf16 = 1, kFp16 = 2 };
 
-int num_words(int32_t row_bytes) { return row_bytes / static_cast<int>(sizeof(Word)); }
-
 // A warp for each of `items`, as far as blocks that all run at once allow.
 unsigned local_blocks(int64_t items) {
   const int64_t blocks = (items + kLocalThreads / kWarp - 1) / (kLocalThreads / kWarp);
@@ -33,11 +31,6 @@ void launch_reduce(const Exchange& ex, const Announcement& call, const RowMap& m
 template <class Row>
 void launch_restore(const Exchange& ex, const Announcement& call, const int32_t* experts, Word* y, char* probs, cudaStream_t stream) {
   SCALEMOE_LAUNCH(local_blocks(call.num_tokens), kLocalThreads, stream, restore<Row>, ex, call, experts, y, probs);
-}
-
-template <class Row>
-void launch_sum(const Word* x, const int64_t* order, const int64_t* offsets, int64_t rows, int32_t words, Word* sums, cudaStream_t stream) {
-  SCALEMOE_LAUNCH(local_blocks(rows), kLocalThreads, stream, sum_rows<Row>, x, order, offsets, rows, words, sums);
 }
 
 }  // namespace
@@ -134,19 +127,5 @@ int scalemoe_cuda_gather_counts(const void* handle, const void* counts, int32_t 
   const Exchange& ex = exchange_of(handle);
   const Announcement call{kGatherCounts, 0, 0, 0, bytes, 0};
   SCALEMOE_LAUNCH(1, kPushThreads, stream, exchange_counts, ex, call, static_cast<const char*>(counts), static_cast<char*>(gathered));
-  return cudaGetLastError();
-}
-
-int scalemoe_cuda_gather_rows(const void* x, const int64_t* index, int64_t num_rows, int32_t row_bytes, void* rows,
-                              cudaStream_t stream) {
-  SCALEMOE_LAUNCH(local_blocks(num_rows), kLocalThreads, stream, gather_rows, static_cast<const Word*>(x), index, num_rows,
-                  num_words(row_bytes), static_cast<Word*>(rows));
-  return cudaGetLastError();
-}
-
-int scalemoe_cuda_sum_rows(const void* x, const int64_t* order, const int64_t* offsets, int64_t num_rows, int32_t row_bytes,
-                           int32_t dtype, void* sums, cudaStream_t stream) {
-  const auto launch = dtype == kFp32 ? launch_sum<Fp32> : dtype == kBf16 ? launch_sum<Bf16> : launch_sum<Fp16>;
-  launch(static_cast<const Word*>(x), order, offsets, num_rows, num_words(row_bytes), static_cast<Word*>(sums), stream);
   return cudaGetLastError();
 }

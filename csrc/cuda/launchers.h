@@ -47,9 +47,3 @@ SCALEMOE_API int scalemoe_cuda_combine_receive(const void* handle, const int32_t
 
 // counts: `bytes` of any type; gathered: [G, bytes].
 SCALEMOE_API int scalemoe_cuda_gather_counts(const void* handle, const void* counts, int32_t bytes, void* gathered, cudaStream_t stream);
-
-SCALEMOE_API int scalemoe_cuda_gather_rows(const void* x, const int64_t* index, int64_t num_rows, int32_t row_bytes, void* rows,
-                                           cudaStream_t stream);
-
-SCALEMOE_API int scalemoe_cuda_sum_rows(const void* x, const int64_t* order, const int64_t* offsets, int64_t num_rows, int32_t row_bytes,
-                                        int32_t dtype, void* sums, cudaStream_t stream);

@@ -1,5 +1,4 @@
-// Kernels that only read what has arrived: received rows out to their experts, returned rows to their tokens; and row gathers and sums on
-// one device.
+// Kernels that only read what has arrived: received rows out to their experts, returned rows to their tokens.
 #pragma once
 
 #include "push.h"
@@ -70,25 +69,6 @@ restore(SCALEMOE_PARAM Exchange ex, SCALEMOE_PARAM Announcement call, const int3
         copy_item(probs_TK + item, probs_at(ex, ex.rank, epoch, column / call.num_local) + item, call.prob_bytes);
       }
     }
-  }
-}
-
-// Row m of the result is row index_M[m] of x.
-SCALEMOE_KERNEL(kLocalThreads) gather_rows(const Word* x_ND, const int64_t* index_M, int64_t num_rows, int num_words, Word* rows_MD) {
-  for (int64_t m = warp_id(); m < num_rows; m += num_warps()) {
-    copy_row(x_ND + index_M[m] * num_words, num_words, [&](auto store_to) { store_to(rows_MD + m * num_words); });
-  }
-}
-
-// Row n of the result is the sum of x's rows order_M[offsets[n]] up to order_M[offsets[n + 1] - 1], in that order.
-template <class Row>
-SCALEMOE_KERNEL(kLocalThreads)
-sum_rows(const Word* x_MD, const int64_t* order_M, const int64_t* offsets, int64_t num_rows, int num_words, Word* sums_ND) {
-  for (int64_t n = warp_id(); n < num_rows; n += num_warps()) {
-    const int64_t begin = offsets[n], end = offsets[n + 1];
-    sum_row<Row>(sums_ND + n * num_words, num_words, [&](auto add) {
-      for (int64_t m = begin; m < end; ++m) add(x_MD + order_M[m] * num_words);
-    });
   }
 }
 

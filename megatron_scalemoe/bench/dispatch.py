@@ -16,7 +16,7 @@ from megatron_scalemoe.bench.routed_tokens import DTYPES, make_routed_tokens
 from megatron_scalemoe.bench.worker import describe_device, run_worker, use_megatron
 
 if TYPE_CHECKING:
-    from megatron_scalemoe.dispatch.transport_choice import CallSizes
+    from megatron_scalemoe.dispatch.channels import DispatchSizes, Peers
 
 
 def main() -> None:
@@ -28,8 +28,9 @@ def main() -> None:
 def _bench(args: argparse.Namespace) -> dict:
     from megatron_scalemoe.bench.measure import deduplicated_bytes, measure_dispatchers, same_bits
     from megatron_scalemoe.config import ScaleMoEConfig
-    from megatron_scalemoe.dispatch.transport_choice import CallSizes
+    from megatron_scalemoe.dispatch.channels import DispatchSizes
     from megatron_scalemoe.mcore.stock import expert_parallel_groups, make_dispatchers, one_layer_config
+    from megatron_scalemoe.mcore.token_dispatcher import peers_of
 
     ranks = dist.get_world_size()
     groups = expert_parallel_groups(ranks)
@@ -37,8 +38,8 @@ def _bench(args: argparse.Namespace) -> dict:
     routed = make_routed_tokens(args.tokens, args.hidden, args.experts, args.topk, args.skew, DTYPES[args.dtype], seed, device)
     names, ours = [name for name in args.dispatchers if name != "scalemoe"], []
     if "scalemoe" in args.dispatchers:
-        sizes = CallSizes(args.tokens, args.hidden, routed.x.dtype, args.topk)
-        ours = [f"scalemoe {transport}" for transport in _transports(args.transport, groups.tp_ep, sizes)]
+        sizes = DispatchSizes(args.experts, args.topk, 1, *routed.x.shape, routed.x.dtype)
+        ours = [f"scalemoe {transport}" for transport in _transports(args.transport, peers_of(groups.tp_ep), sizes)]
     config = one_layer_config(args.hidden, args.experts, args.topk, ranks)
     dispatchers = make_dispatchers(names + ours, config, ScaleMoEConfig(), groups)
     measured = measure_dispatchers(dispatchers, [routed], iters=args.iters, warmup=args.warmup)
@@ -54,16 +55,16 @@ def _bench(args: argparse.Namespace) -> dict:
     return {**result, "env": {**describe_device(), "backend": dist.get_backend(), "malloc": _malloc_settings()}}
 
 
-def _transports(asked: list[str] | None, group: dist.ProcessGroup, sizes: CallSizes) -> list[str]:
+def _transports(asked: list[str] | None, peers: Peers, sizes: DispatchSizes) -> list[str]:
     """What `scalemoe` is measured over: the transports asked for, which must be there, or all that are."""
-    from megatron_scalemoe.dispatch.transport_choice import channel_of, check_transport
+    from megatron_scalemoe.dispatch.channels import channel_of, check_transport
     from megatron_scalemoe.errors import ScaleMoEError
 
     for transport in asked or ():
-        check_transport(group, transport)
-        if (found := channel_of(group, transport, sizes).name) != transport:
+        check_transport(peers, transport)
+        if (found := channel_of(peers, transport, sizes).name) != transport:
             raise ScaleMoEError(f"--transport {transport} cannot be had", found=f"{found}; the line above says why")
-    return asked or list(dict.fromkeys(["collective", channel_of(group, "auto", sizes).name]))
+    return asked or list(dict.fromkeys(["collective", channel_of(peers, "auto", sizes).name]))
 
 
 def _malloc_settings() -> dict[str, str]:

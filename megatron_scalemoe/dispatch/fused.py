@@ -32,7 +32,8 @@ class FusedMetadata:
 
 
 class FusedDispatcher(Dispatcher):
-    """Dispatch over the transport with this number in `ops.transport`, whose ranks hold `num_experts` experts in equal contiguous blocks.
+    """Dispatch over the transport with this number in `ops.transports.registry`, whose ranks hold `num_experts` experts in equal
+    contiguous blocks.
 
     `expert_tp_size` and `max_experts_per_token` as for `RaggedDispatcher`. `alignment`: each expert's rows are padded with zeros to a
     multiple of it, which `tokens_per_expert` includes.

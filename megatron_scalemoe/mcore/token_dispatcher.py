@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 import torch.distributed as dist
@@ -14,60 +13,16 @@ from torch import Tensor
 
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.dispatch.base import Dispatcher, RowsSent
-from megatron_scalemoe.dispatch.fused import FusedDispatcher
-from megatron_scalemoe.dispatch.hierarchical import HierarchicalDispatcher
-from megatron_scalemoe.dispatch.local import LocalDispatcher
-from megatron_scalemoe.dispatch.padded import PaddedDispatcher
-from megatron_scalemoe.dispatch.placed import LayerPlacement, PlacedDispatcher, gather_by_collective
-from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
-from megatron_scalemoe.dispatch.transport_choice import CallSizes, Channel, channel_of, check_transport
-from megatron_scalemoe.ops import library
+from megatron_scalemoe.dispatch.channels import DispatchSizes, Peers, check_transport
+from megatron_scalemoe.dispatch.factory import make_dispatcher
+from megatron_scalemoe.dispatch.placed import LayerPlacement
+from megatron_scalemoe.ops.transports.shm_memory import this_host
 
 
-def make_dispatcher(
-    megatron: TransformerConfig,
-    scalemoe: ScaleMoEConfig,
-    pg_collection: ProcessGroupCollection,
-    x_TD: Tensor,
-    placement: LayerPlacement | None = None,
-) -> Dispatcher:
-    """The dispatcher that fits the groups: local on one rank, otherwise the one that `scalemoe` names; under a placement, if given.
-
-    x_TD: what it will dispatch, for the sizes. Collective over the dispatch group at the first call, which opens a transport.
-    """
-    if pg_collection.tp_ep.size() == 1:
-        return LocalDispatcher()
-    if scalemoe.dispatch == "padded":
-        return PaddedDispatcher(pg_collection.ep, megatron.num_moe_experts, megatron.moe_router_topk, scalemoe.padded_capacity_factor)
-    # padding to capacity gives tokens to experts that they did not choose
-    padded = megatron.moe_pad_expert_input_to_capacity
-    most_experts = megatron.num_moe_experts if padded else megatron.moe_router_topk
-    group, expert_tp_size = pg_collection.tp_ep, pg_collection.expt_tp.size()
-    varying = megatron.variable_seq_lengths
-    sizes = CallSizes(*x_TD.shape, x_TD.dtype, most_experts * expert_tp_size, varying, scalemoe.max_rows_factor)
-    channel = channel_of(group, scalemoe.transport, sizes)
-    if placement is None:
-        # our experts take counts on the device
-        return _over(channel, group, megatron.num_moe_experts, most_experts, expert_tp_size, spare_rows=scalemoe.grouped_experts)
-    dispatcher = _over(channel, group, placement.slots_P.size, most_experts, expert_tp_size)
-    if channel.transport is not None and channel.between is None:
-        gather_counts = functools.partial(library.gather_counts, channel.transport)
-    else:
-        gather_counts = functools.partial(gather_by_collective, group)
-    return PlacedDispatcher(dispatcher, placement, group.rank(), expert_tp_size, gather_counts, x_TD.device)
-
-
-def _over(
-    channel: Channel, group: dist.ProcessGroup, num_experts: int, most_experts: int, expert_tp_size: int, *, spare_rows: bool = False
-) -> Dispatcher:
-    """A dispatcher over a channel of `group`."""
-    if channel.transport is None:
-        return RaggedDispatcher(group, num_experts, most_experts, expert_tp_size)
-    if channel.between is None:
-        return FusedDispatcher(channel.transport, num_experts, most_experts, expert_tp_size, spare_rows=spare_rows)
-    num_hosts = channel.between.size()
-    inside = FusedDispatcher(channel.transport, num_experts * expert_tp_size // num_hosts, most_experts * expert_tp_size)
-    return HierarchicalDispatcher(channel.between, group.size() // num_hosts, inside, num_experts, most_experts, expert_tp_size)
+def peers_of(group: dist.ProcessGroup) -> Peers:
+    """The ranks of a dispatch group, on Megatron's device and with the group's own timeout."""
+    device = torch.device(torch.cuda.current_device())
+    return Peers(group, device, this_host(), group._get_backend(device).options._timeout)
 
 
 class ScaleMoETokenDispatcher(MoETokenDispatcher):
@@ -81,9 +36,9 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
 
     def __init__(self, scalemoe: ScaleMoEConfig, config: TransformerConfig, pg_collection: ProcessGroupCollection):
         super().__init__(config=config, pg_collection=pg_collection)
-        self._scalemoe, self._pg_collection = scalemoe, pg_collection
-        if scalemoe.dispatch != "padded" and pg_collection.tp_ep.size() > 1:
-            check_transport(pg_collection.tp_ep, scalemoe.transport)
+        self._scalemoe, self._peers, self._expert_tp_size = scalemoe, peers_of(pg_collection.tp_ep), pg_collection.expt_tp.size()
+        if scalemoe.dispatch != "padded" and self._peers.group.size() > 1:
+            check_transport(self._peers, scalemoe.transport)
         self.dispatcher: Dispatcher | None = None
         self._placement: LayerPlacement | None = None
         self._outdated = True
@@ -100,7 +55,7 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
         self._hidden_shape = tokens.shape
         x_TD = tokens.reshape(-1, tokens.shape[-1])
         if self._outdated:
-            self.dispatcher = make_dispatcher(self.config, self._scalemoe, self._pg_collection, x_TD, self._placement)
+            self.dispatcher = make_dispatcher(self._scalemoe, self._peers, self._sizes(x_TD), self._placement)
             self._outdated = False
         self._flight = self.dispatcher.prepare(x_TD, probs, routing_map)
         return self._flight.x, self._flight.probs
@@ -129,3 +84,9 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
         output = self.dispatcher.restore(hidden_states, self._metadata).view(self._hidden_shape)
         self._metadata = None
         return output
+
+    def _sizes(self, x_TD: Tensor) -> DispatchSizes:
+        # padding to capacity gives tokens to experts that they did not choose
+        padded, experts = self.config.moe_pad_expert_input_to_capacity, self.config.num_moe_experts
+        most = experts if padded else self.config.moe_router_topk
+        return DispatchSizes(experts, most, self._expert_tp_size, *x_TD.shape, x_TD.dtype, self.config.variable_seq_lengths)

@@ -1,6 +1,6 @@
 """The exchange of rows as torch ops, `torch.ops.scalemoe.*`: shapes for tracing, and gradients.
 
-A transport (`ops.transport`), named by its number in the registry, does the work. dispatch and combine are each other's transpose, so the
+A transport (`ops.transports`), named by its number in the registry, does the work. dispatch and combine are each other's transpose, so the
 four ops are two pairs.
 """
 

@@ -103,6 +103,13 @@ def naming_failure(what: str, group: dist.ProcessGroup):
         ) from error
 
 
+def gather_objects(value: object, group: dist.ProcessGroup) -> list:
+    """Every rank's value, in group order."""
+    gathered: list = [None] * group.size()
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
 def _all_to_all(x: Tensor, splits: Splits, group: dist.ProcessGroup) -> Tensor:
     out = x.new_empty((sum(splits.output), *x.shape[1:]))
     with naming_failure("ragged all-to-all", group):

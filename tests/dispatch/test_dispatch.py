@@ -14,8 +14,8 @@ from megatron_scalemoe.dispatch.padded import PaddedDispatcher
 from megatron_scalemoe.dispatch.placed import LayerPlacement, PlacedDispatcher, gather_by_collective
 from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.ops.reference import moe_layer
 from megatron_scalemoe.ops.wire import WireMeter
+from tests.ops.reference import moe_layer
 from tests.rank_pool import pool
 
 

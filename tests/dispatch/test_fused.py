@@ -13,11 +13,11 @@ from megatron_scalemoe.dispatch.fused import FusedDispatcher
 from megatron_scalemoe.dispatch.placed import LayerPlacement, PlacedDispatcher, gather_by_collective
 from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
 from megatron_scalemoe.ops import library
-from megatron_scalemoe.ops.reference import ReferenceTransport
 from megatron_scalemoe.ops.transports.registry import register
 from megatron_scalemoe.ops.transports.shm import open_shm
 from tests.dispatch.test_dispatch import CASES, NODES, Case, error_of_two_experts, expert, make_inputs, relative_error
 from tests.dispatch.test_placed import random_slots
+from tests.ops.reference import ReferenceTransport
 from tests.rank_pool import COLLECTIVE_TIMEOUT_S, pool
 
 MORE_CASES = {

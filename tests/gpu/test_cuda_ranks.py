@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.ops.reference import ReferenceTransport
 from megatron_scalemoe.ops.transports.cuda_memory import open_cuda
 from tests.gpu.test_cuda_virtual_ranks import on_gpu, to_cpu
 from tests.ops.emulated import Case, differing, make_inputs, run_operations
+from tests.ops.reference import ReferenceTransport
 
 pytestmark = pytest.mark.skipif(int(os.environ.get("WORLD_SIZE", "1")) < 2, reason="for several ranks under torchrun")
 STRESS_STEPS = int(os.environ.get("SCALEMOE_GPU_STRESS_STEPS", "200"))  # 10000 for a release

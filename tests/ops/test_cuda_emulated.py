@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops import library as ops
-from megatron_scalemoe.ops.reference import ReferenceTransport
 from megatron_scalemoe.ops.transports.cuda import CudaTransport, SymmetricBuffers
 from megatron_scalemoe.ops.transports.registry import register, unregister
 from tests.ops.emulated import CPU, Case, build_library, differing, load_library, make_inputs, run_operations
+from tests.ops.reference import ReferenceTransport
 from tests.rank_pool import pool
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_scalemoe.ops import library, reference
+from megatron_scalemoe.ops import library
 from megatron_scalemoe.ops.transports import registry as transport
+from tests.ops import reference
 
 EXPERTS = torch.tensor([[0, 2], [1, -1], [-1, -1], [2, 3], [0, 1]], dtype=torch.int32)
 NUM_LOCAL = 4

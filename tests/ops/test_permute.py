@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scalemoe.ops import native, reference
+from megatron_scalemoe.ops import native
 from megatron_scalemoe.ops import permute as permute_module
 from megatron_scalemoe.ops.permute import permute, plain_row_map, row_map, sum_rows, unpermute
+from tests.ops import reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

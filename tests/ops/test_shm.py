@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops import native
-from megatron_scalemoe.ops.transports import shm
+from megatron_scalemoe.ops.transports import shm, shm_memory
 from tests.ops import shm_cases
 from tests.rank_pool import pool
 
@@ -297,14 +297,11 @@ def test_a_rank_without_memory_is_an_error_everywhere():
 
 
 def run_apart(what: str) -> tuple[bool, str, list[str]]:
-    """open_arena where rank 1 seems to be elsewhere, or where its memory cannot be had."""
+    """open_arena where memory cannot be had, or not be opened."""
 
     def exchange(mine):
         if isinstance(mine, dict) and dist.get_rank() == 1:
-            boot_id, namespace = mine["host"]
-            mine |= {"host": [boot_id + "x", namespace]} if what == "host" else {}
-            mine |= {"host": [boot_id, "pid:[1]"]} if what == "pid namespace" else {}
-            mine |= {"problem": "no C++ compiler"} if what == "no C++ compiler" else {}
+            mine |= {"problem": "no shared memory"} if what == "no shared memory" else {}
         if isinstance(mine, dict) and dist.get_rank() == 0:
             mine |= {"fd": 12345} if what == "could not be opened" else {}
             mine |= {"token": [1, 2]} if what == "Bad file descriptor" else {}
@@ -313,13 +310,13 @@ def run_apart(what: str) -> tuple[bool, str, list[str]]:
         return gathered
 
     try:
-        shm.open_arena(dist.get_rank(), dist.get_world_size(), exchange, TIMEOUT_S).close()
+        shm_memory.open_arena(dist.get_rank(), range(dist.get_world_size()), exchange, TIMEOUT_S).close()
     except ScaleMoEError as error:
-        return isinstance(error, shm.ShmUnavailable), str(error), shared_memory()
+        return isinstance(error, shm_memory.ShmUnavailable), str(error), shared_memory()
     return False, "", []
 
 
-@pytest.mark.parametrize("what", ["host", "pid namespace", "no C++ compiler", "could not be opened", "Bad file descriptor"])
+@pytest.mark.parametrize("what", ["no shared memory", "could not be opened", "Bad file descriptor"])
 def test_ranks_that_cannot_share_memory_all_learn_why(what):
     results = pool(2).run(run_apart, what)
     assert results[0] == results[1]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops import native
-from megatron_scalemoe.ops.transports import shm
+from megatron_scalemoe.ops.transports import shm, shm_memory
 from tests.ops.test_shm import error_of
 from tests.rank_pool import pool
 
@@ -63,7 +63,7 @@ class Player:
 
     def come(self, to: str, epochs: int = 1, **fields: int) -> None:
         """To the barrier of op 3, with a call of 3 tokens of 4 float32, 2 columns and 1 expert for each rank."""
-        call = {"op": shm.OPS.index(to), "number": 3, "row_bytes": 16, "columns": 2, "num_local": 1, "tokens": 3, "value_bytes": 4}
+        call = {"op": shm_memory.OPS.index(to), "number": 3, "row_bytes": 16, "columns": 2, "num_local": 1, "tokens": 3, "value_bytes": 4}
         values = call | fields
         lines = self.control.calls[(self.control.epoch + 1) & 1]
         for i, name in enumerate(FIELDS):

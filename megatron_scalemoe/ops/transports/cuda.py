@@ -35,8 +35,6 @@ _LAUNCHERS = {
     "combine_push": (_HANDLE, *[_POINTER] * 3, *[_INT] * 6, _POINTER),
     "combine_receive": (_HANDLE, _POINTER, *[_INT] * 6, *[_POINTER] * 2, _POINTER),
     "gather_counts": (_HANDLE, _POINTER, _INT, _POINTER, _POINTER),
-    "gather_rows": (_POINTER, _POINTER, _LONG, _INT, _POINTER, _POINTER),
-    "sum_rows": (_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _POINTER, _POINTER),
 }
 
 
@@ -76,7 +74,7 @@ class SymmetricBuffers:
 class CudaTransport:
     """Owns this rank's end of an exchange between the ranks of `buffers`: the handle, its counters, its record of failures.
 
-    `ops.transport.Transport` says what the methods do. Each is a push, which writes to the peers and waits for nobody, and a receive, which
+    `Transport` says what the methods do. Each is a push, which writes to the peers and waits for nobody, and a receive, which
     waits for all pushes; the two halves can be called one by one. `ranks` are the ranks' names in errors.
     """
 
@@ -131,11 +129,28 @@ class CudaTransport:
         self.dispatch_push(x_TD, experts_TK, probs_TK, num_local)
         return self.dispatch_receive(x_TD, experts_TK, probs_TK, num_local, alignment)
 
-    def dispatch_push(self, x_TD: Tensor, experts_TK: Tensor, probs_TK: Tensor, num_local: int) -> None:
-        """The first half of `dispatch`."""
+    def combine(self, rows_RD: Tensor, map: Tensor, experts_TK: Tensor, num_local: int) -> Tensor:
+        self.combine_push(rows_RD, map, experts_TK, num_local)
+        return self.combine_receive(rows_RD, experts_TK, num_local)[0]
+
+    def combine_backward(self, grad_y_TD: Tensor, map: Tensor, experts_TK: Tensor, num_local: int, num_rows: int) -> Tensor:
+        self.dispatch_push(grad_y_TD, experts_TK, None, num_local)
+        return self.rows_receive(grad_y_TD, map, experts_TK, num_local, num_rows)
+
+    def dispatch_backward(
+        self, grad_rows_RD: Tensor, grad_row_probs_R: Tensor, map: Tensor, experts_TK: Tensor, num_local: int
+    ) -> tuple[Tensor, Tensor]:
+        self.combine_push(grad_rows_RD, map, experts_TK, num_local, grad_row_probs_R)
+        return self.combine_receive(grad_rows_RD, experts_TK, num_local, grad_row_probs_R)
+
+    def dispatch_push(self, x_TD: Tensor, experts_TK: Tensor, probs_TK: Tensor | None, num_local: int) -> None:
+        """The first half of `dispatch`, or without probabilities of `combine_backward`."""
         self._check_call(x_TD, experts_TK, num_local, probs_TK)
+        if len(x_TD) != len(experts_TK):
+            raise self._refusal("as many rows as tokens that have experts", len(x_TD))
         x_TD, experts_TK, probs_TK = map(_aligned, (x_TD, experts_TK, probs_TK))
-        self._launch("dispatch_push", x_TD, experts_TK, probs_TK, *experts_TK.shape, num_local, _row_bytes(x_TD), probs_TK.itemsize)
+        sizes = (*experts_TK.shape, num_local, _row_bytes(x_TD), _prob_bytes(probs_TK))
+        self._launch("dispatch_push", x_TD, experts_TK, probs_TK, *sizes)
 
     def dispatch_receive(
         self, x_TD: Tensor, experts_TK: Tensor, probs_TK: Tensor, num_local: int, alignment: int
@@ -150,51 +165,28 @@ class CudaTransport:
         self._launch("dispatch_receive", *sizes, rows, row_probs, tokens_per_expert, row_map)
         return rows, row_probs, tokens_per_expert, row_map
 
-    def combine(self, rows_RD: Tensor, map: Tensor, experts_TK: Tensor, num_local: int) -> Tensor:
-        self.combine_push(rows_RD, map, experts_TK, num_local)
-        return self.combine_receive(rows_RD, experts_TK, num_local)
-
-    def combine_push(self, rows_RD: Tensor, map: Tensor, experts_TK: Tensor, num_local: int) -> None:
-        """The first half of `combine`."""
-        self._push_rows_back(rows_RD, None, map, experts_TK, num_local)
-
-    def combine_receive(self, rows_RD: Tensor, experts_TK: Tensor, num_local: int) -> Tensor:
-        """The second half of `combine`. Of the rows it uses only length and dtype."""
-        return self._receive_rows_back(rows_RD, None, experts_TK, num_local)[0]
-
-    def combine_backward(self, grad_y_TD: Tensor, map: Tensor, experts_TK: Tensor, num_local: int, num_rows: int) -> Tensor:
-        self.combine_backward_push(grad_y_TD, experts_TK, num_local)
-        return self.combine_backward_receive(grad_y_TD, map, experts_TK, num_local, num_rows)
-
-    def combine_backward_push(self, grad_y_TD: Tensor, experts_TK: Tensor, num_local: int) -> None:
-        """The first half of `combine_backward`."""
-        self._check_call(grad_y_TD, experts_TK, num_local)
-        grad_y_TD, experts_TK = _aligned(grad_y_TD), _aligned(experts_TK)
-        self._launch("dispatch_push", grad_y_TD, experts_TK, None, *experts_TK.shape, num_local, _row_bytes(grad_y_TD), 0)
-
-    def combine_backward_receive(self, grad_y_TD: Tensor, map: Tensor, experts_TK: Tensor, num_local: int, num_rows: int) -> Tensor:
+    def rows_receive(self, grad_y_TD: Tensor, map: Tensor, experts_TK: Tensor, num_local: int, num_rows: int) -> Tensor:
         """The second half of `combine_backward`. Of the gradients it uses only length and dtype."""
         grad_rows = grad_y_TD.new_empty(num_rows, grad_y_TD.shape[1])
         self._launch("rows_receive", experts_TK.shape[1], num_local, _row_bytes(grad_y_TD), num_rows, grad_rows, map)
         return grad_rows
 
-    def dispatch_backward(
-        self, grad_rows_RD: Tensor, grad_row_probs_R: Tensor, map: Tensor, experts_TK: Tensor, num_local: int
-    ) -> tuple[Tensor, Tensor]:
-        self.dispatch_backward_push(grad_rows_RD, grad_row_probs_R, map, experts_TK, num_local)
-        return self.dispatch_backward_receive(grad_rows_RD, grad_row_probs_R, experts_TK, num_local)
+    def combine_push(self, rows_RD: Tensor, map: Tensor, experts_TK: Tensor, num_local: int, row_probs_R: Tensor | None = None) -> None:
+        """The first half of `combine`, or with the rows' probabilities of `dispatch_backward`."""
+        self._check_call(rows_RD, experts_TK, num_local, row_probs_R)
+        rows_RD, row_probs_R = _aligned(rows_RD), _aligned(row_probs_R)
+        sizes = (rows_RD.shape[0], experts_TK.shape[1], num_local, _row_bytes(rows_RD), _prob_bytes(row_probs_R), DTYPES[rows_RD.dtype])
+        self._launch("combine_push", rows_RD, row_probs_R, map, *sizes)
 
-    def dispatch_backward_push(
-        self, grad_rows_RD: Tensor, grad_row_probs_R: Tensor, map: Tensor, experts_TK: Tensor, num_local: int
-    ) -> None:
-        """The first half of `dispatch_backward`."""
-        self._push_rows_back(grad_rows_RD, grad_row_probs_R, map, experts_TK, num_local)
-
-    def dispatch_backward_receive(
-        self, grad_rows_RD: Tensor, grad_row_probs_R: Tensor, experts_TK: Tensor, num_local: int
-    ) -> tuple[Tensor, Tensor]:
-        """The second half of `dispatch_backward`. Of the gradients it uses only lengths and dtypes."""
-        return self._receive_rows_back(grad_rows_RD, grad_row_probs_R, experts_TK, num_local)
+    def combine_receive(
+        self, rows_RD: Tensor, experts_TK: Tensor, num_local: int, row_probs_R: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The second half of both. Of the rows and their probabilities it uses only lengths and dtypes."""
+        y_TD = rows_RD.new_empty(experts_TK.shape[0], rows_RD.shape[1])
+        probs_TK = None if row_probs_R is None else row_probs_R.new_empty(experts_TK.shape)
+        sizes = (*experts_TK.shape, num_local, _row_bytes(rows_RD), _prob_bytes(row_probs_R), DTYPES[rows_RD.dtype])
+        self._launch("combine_receive", _aligned(experts_TK), *sizes, y_TD, probs_TK)
+        return y_TD, probs_TK
 
     def close(self) -> None:
         """Give the memory back, after this rank's last operation and all others' has run. Not collective."""
@@ -202,49 +194,39 @@ class CudaTransport:
             self._finalizer()
             self._buffers.close()
 
-    def _push_rows_back(self, rows_RD: Tensor, row_probs_R: Tensor | None, map: Tensor, experts_TK: Tensor, num_local: int) -> None:
-        self._check_call(rows_RD, experts_TK, num_local, row_probs_R, rows_are_tokens=False)
-        rows_RD, row_probs_R = _aligned(rows_RD), None if row_probs_R is None else _aligned(row_probs_R)
-        sizes = (rows_RD.shape[0], experts_TK.shape[1], num_local, _row_bytes(rows_RD), _prob_bytes(row_probs_R), DTYPES[rows_RD.dtype])
-        self._launch("combine_push", rows_RD, row_probs_R, map, *sizes)
-
-    def _receive_rows_back(
-        self, rows_RD: Tensor, row_probs_R: Tensor | None, experts_TK: Tensor, num_local: int
-    ) -> tuple[Tensor, Tensor | None]:
-        y_TD = rows_RD.new_empty(experts_TK.shape[0], rows_RD.shape[1])
-        probs_TK = None if row_probs_R is None else row_probs_R.new_empty(experts_TK.shape)
-        sizes = (*experts_TK.shape, num_local, _row_bytes(rows_RD), _prob_bytes(row_probs_R), DTYPES[rows_RD.dtype])
-        self._launch("combine_receive", _aligned(experts_TK), *sizes, y_TD, probs_TK)
-        return y_TD, probs_TK
-
     def _launch(self, name: str, *arguments: Tensor | int | None) -> None:
         self.check()
         if not self._finalizer.alive:
             raise ScaleMoEError(f"{name} on a transport that is closed")
-        _launch(self._library, name, self.device, self._handle, *arguments, stream_key=self._handle)
+        on_gpu = self.device.type == "cuda"
+        # the emulation has a stream for each handle
+        stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else self._handle
+        with torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext():
+            pointers = (argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
+            code = getattr(self._library, f"scalemoe_cuda_{name}")(self._handle, *pointers, stream)
+        if code:
+            raise ScaleMoEError(f"CUDA could not launch {name}", found=f"CUDA error {code}")
 
-    def _check_call(
-        self, rows: Tensor, experts_TK: Tensor, num_local: int, probs: Tensor | None = None, *, rows_are_tokens: bool = True
-    ) -> None:
+    def _check_call(self, rows: Tensor, experts_TK: Tensor, num_local: int, probs: Tensor | None) -> None:
         num_tokens, experts_per_token = experts_TK.shape
-        row_bytes = _row_bytes(rows)
+        row_bytes, limits = _row_bytes(rows), self.limits
         expected = (
             (rows.device == experts_TK.device == self.device, f"tensors on {self.device}", rows.device),
             (rows.dtype in DTYPES, "rows of fp32, bf16 or fp16", rows.dtype),
             (row_bytes % WORD_BYTES == 0 and row_bytes > 0, "rows of a multiple of 16 bytes", row_bytes),
-            (row_bytes <= self.limits.max_row_bytes, "rows of at most {0.max_row_bytes} bytes", row_bytes),
-            (num_tokens <= self.limits.max_tokens, "at most {0.max_tokens} tokens on a rank", num_tokens),
-            (0 < experts_per_token <= self.limits.max_experts, "1 to {0.max_experts} experts per token", experts_per_token),
+            (row_bytes <= limits.max_row_bytes, f"rows of at most {limits.max_row_bytes} bytes", row_bytes),
+            (num_tokens <= limits.max_tokens, f"at most {limits.max_tokens} tokens on a rank", num_tokens),
+            (0 < experts_per_token <= limits.max_experts, f"1 to {limits.max_experts} experts per token", experts_per_token),
             (0 < num_local <= MAX_LOCAL_EXPERTS, f"1 to {MAX_LOCAL_EXPERTS} experts on a rank", num_local),
             (experts_TK.dtype == torch.int32, "experts of torch.int32", experts_TK.dtype),
-            (not rows_are_tokens or len(rows) == num_tokens, "as many rows as tokens that have experts", len(rows)),
             (probs is None or probs.itemsize in (2, 4, 8), "probabilities of 2, 4 or 8 bytes", probs is not None and probs.dtype),
         )
         for fits, what, found in expected:
             if not fits:
-                raise ScaleMoEError(
-                    f"this cuda transport takes {what.format(self.limits)}", found=found, try_="--scalemoe-transport collective"
-                )
+                raise self._refusal(what, found)
+
+    def _refusal(self, takes: str, found: object) -> ScaleMoEError:
+        return ScaleMoEError(f"this cuda transport takes {takes}", found=found, try_="--scalemoe-transport collective")
 
     def _error(self, code: int, culprits: list[int], reporter: int, detail: int) -> ScaleMoEError:
         what = {
@@ -258,26 +240,6 @@ class CudaTransport:
         return ScaleMoEError(
             f"exchange between ranks {self.ranks} failed: {what}", found=f"noticed by rank {reporter}", try_=tries.get(code)
         )
-
-
-def gather_rows(library: ctypes.CDLL, x_ND: Tensor, index_M: Tensor) -> Tensor:
-    """`x_ND[index_M]`, index int64, rows of a multiple of 16 bytes."""
-    x_ND = _aligned(x_ND)
-    rows = x_ND.new_empty(len(index_M), x_ND.shape[1])
-    _launch(_declared(library), "gather_rows", x_ND.device, x_ND, index_M.contiguous(), len(rows), _row_bytes(x_ND), rows)
-    return rows
-
-
-def sum_rows(library: ctypes.CDLL, x_MD: Tensor, order_M: Tensor, offsets: Tensor) -> Tensor:
-    """Row n is the sum of `x_MD[order_M[offsets[n]:offsets[n + 1]]]`: [len(offsets) - 1, D], in fp32 in that order, rounded once.
-
-    order_M and offsets are int64; rows are fp32, bf16 or fp16 and a multiple of 16 bytes.
-    """
-    x_MD = _aligned(x_MD)
-    sums = x_MD.new_empty(len(offsets) - 1, x_MD.shape[1])
-    sizes = (len(sums), _row_bytes(x_MD), DTYPES[x_MD.dtype])
-    _launch(_declared(library), "sum_rows", x_MD.device, x_MD, order_M.contiguous(), offsets.contiguous(), *sizes, sums)
-    return sums
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -294,18 +256,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def _launch(library: ctypes.CDLL, name: str, device: torch.device, *arguments: Tensor | int | None, stream_key: int | None = None) -> None:
-    on_gpu = device.type == "cuda"
-    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else stream_key
-    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
-        pointers = (argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
-        code = getattr(library, f"scalemoe_cuda_{name}")(*pointers, stream)
-    if code:
-        raise ScaleMoEError(f"CUDA could not launch {name}", found=f"CUDA error {code}")
-
-
-def _aligned(x: Tensor) -> Tensor:
+def _aligned(x: Tensor | None) -> Tensor | None:
     """x or a copy of it: contiguous, and starting where a word can."""
+    if x is None:
+        return None
     x = x.contiguous()
     return x if x.data_ptr() % WORD_BYTES == 0 else x.clone()
 

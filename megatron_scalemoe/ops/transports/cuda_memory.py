@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import platform
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops import native
+from megatron_scalemoe.ops.ragged import gather_objects
 from megatron_scalemoe.ops.transports.cuda import CudaTransport, Limits, SymmetricBuffers
 
 IPC_HANDLE_BYTES = 64
@@ -21,24 +20,15 @@ class CudaUnavailable(ScaleMoEError):
 
 
 def open_cuda(group: dist.ProcessGroup, limits: Limits, timeout_s: float) -> CudaTransport:
-    """Collective: the transport of `group`, whose ranks have GPUs of one node. timeout_s bounds each wait for a peer.
+    """Collective: the transport of `group`, whose ranks have GPUs of one node, the native library, and the same `limits`.
 
-    Raises `CudaUnavailable` on all ranks alike.
+    timeout_s bounds each wait for a peer. Raises `CudaUnavailable` on all ranks alike.
     """
-    library, problem = native.cuda(), native.why_not("cuda")
-    if problem is None and not torch.cuda.is_available():
-        problem = "no GPU"
-    facts = _gathered(group, (platform.node(), problem, limits))
-    problems = _named(group, [problem for _, problem, _ in facts])
-    if not problems and len({node for node, _, _ in facts}) > 1:
-        problems = [f"the ranks are on several nodes: {sorted({node for node, _, _ in facts})}"]
-    if problems:
-        raise CudaUnavailable("these ranks cannot exchange rows by CUDA kernels", found="; ".join(problems))
-    assert len({limits for _, _, limits in facts}) == 1, facts
-    device = torch.device("cuda", torch.cuda.current_device())
+    library, device = native.cuda(), torch.device("cuda", torch.cuda.current_device())
+    assert library is not None, native.why_not("cuda")
     buffers = _open_buffers(group, limits.buffer_bytes(library, group.size()), device, library)
     transport = CudaTransport(library, buffers, limits, timeout_s, device, group)
-    _gathered(group, None)  # nobody may write before all are open
+    dist.barrier(group)  # nobody may write before all are open
     return transport
 
 
@@ -51,7 +41,8 @@ def _open_buffers(group: dist.ProcessGroup, nbytes: int, device: torch.device, l
             buffers = open_by(group, nbytes, device, library)
         except (RuntimeError, ImportError, AttributeError) as error:  # of torch, of CUDA, or of a torch without the module
             problem = str(error).splitlines()[0]
-        problems = _named(group, _gathered(group, problem))
+        ranks = dist.get_process_group_ranks(group)
+        problems = [f"rank {rank}: {found}" for rank, found in zip(ranks, gather_objects(problem, group), strict=True) if found]
         if not problems:
             return buffers
         if buffers is not None:
@@ -80,7 +71,7 @@ def _by_ipc_handles(group: dist.ProcessGroup, nbytes: int, device: torch.device,
     library.scalemoe_cuda_error_text.restype = ctypes.c_char_p
     own, handle = ctypes.c_void_p(), ctypes.create_string_buffer(IPC_HANDLE_BYTES)
     failed = library.scalemoe_cuda_shared_create(nbytes, ctypes.byref(own), handle)
-    handles = _gathered(group, (failed, handle.raw))
+    handles = gather_objects((failed, handle.raw), group)
     opened: list[int | None] = [None] * group.size()
     for peer, (peer_failed, peer_handle) in enumerate(handles):
         failed = failed or peer_failed
@@ -101,14 +92,3 @@ def _by_ipc_handles(group: dist.ProcessGroup, nbytes: int, device: torch.device,
         raise RuntimeError(f"CUDA inter-process memory: {library.scalemoe_cuda_error_text(failed).decode()}")
     opened_with_own = [own.value if peer == group.rank() else pointer for peer, pointer in enumerate(opened)]
     return SymmetricBuffers(group.rank(), opened_with_own, close)
-
-
-def _gathered(group: dist.ProcessGroup, value: object) -> list:
-    gathered: list = [None] * group.size()
-    dist.all_gather_object(gathered, value, group=group)
-    return gathered
-
-
-def _named(group: dist.ProcessGroup, problems: Sequence[str | None]) -> list[str]:
-    ranks = dist.get_process_group_ranks(group)
-    return [f"rank {rank}: {problem}" for rank, problem in zip(ranks, problems, strict=True) if problem]

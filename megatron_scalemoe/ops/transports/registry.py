@@ -1,7 +1,7 @@
 """What the ranks of a group exchange rows through, beside the collectives of torch.distributed: the protocol, and a registry of open ones.
 
 The rows of one op make their whole way in it: x [T, D] in token order here, expert rows [R, D] in (expert, source rank, token) order there.
-`ops.library` makes differentiable torch ops of the methods; `ops.reference.ReferenceTransport` is their plain-torch twin.
+`ops.library` makes differentiable torch ops of the methods.
 """
 
 from __future__ import annotations

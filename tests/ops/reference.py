@@ -31,7 +31,7 @@ def ragged_all_to_all(x: Tensor, input_splits: Sequence[int], output_splits: Seq
 
 
 class ReferenceTransport:
-    """Twin of every `ops.transport.Transport`: all ranks see everything, as Python objects.
+    """Twin of every `ops.transports.registry.Transport`: all ranks see everything, as Python objects.
 
     `map` holds (source rank, token, k) of each row, -1 for padding, one after the other.
     """

@@ -1,0 +1,131 @@
+"""The dispatcher that is made of configuration, ranks, sizes and placement; and a Megatron layer over each."""
+
+import datetime
+import functools
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_scalemoe.config import ScaleMoEConfig
+from megatron_scalemoe.dispatch.channels import DispatchSizes, Peers
+from megatron_scalemoe.dispatch.factory import make_dispatcher
+from megatron_scalemoe.dispatch.placed import LayerPlacement
+from tests.rank_pool import COLLECTIVE_TIMEOUT_S, pool
+
+SIZES = DispatchSizes(num_experts=8, max_experts_per_token=2, expert_tp_size=1, tokens=10, hidden=8, dtype=torch.float32)
+PLACEMENTS = {2: (0, 0), 4: (0, 0, 1, 1)}  # node of each rank
+
+
+@functools.cache
+def peers(hosts: int) -> Peers:
+    group = dist.new_group()
+    host = f"host {group.rank() * hosts // group.size()}"
+    return Peers(group, torch.device("cpu"), host, datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+
+
+def made(config: dict, hosts: int) -> list[str]:
+    """Class names of two layers' dispatchers and of the one inside a placed one; "same" if the first two have one transport."""
+    first, second = (make_dispatcher(ScaleMoEConfig(**config), peers(hosts), SIZES) for _ in range(2))
+    same = getattr(first, "transport", None) == getattr(second, "transport", None)
+    found = [type(first).__name__, "same" if same else "other"]
+    if config.get("dispatch") != "padded":
+        size = dist.get_world_size()
+        placement = LayerPlacement(np.arange(8), size, np.array(PLACEMENTS[size]))
+        placed = make_dispatcher(ScaleMoEConfig(**config), peers(hosts), SIZES, placement)
+        found += [type(placed).__name__, type(placed._inner).__name__]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hosts", "config", "name"),
+    [
+        (2, 1, {}, "FusedDispatcher"),
+        (2, 1, {"transport": "collective"}, "RaggedDispatcher"),
+        (2, 1, {"dispatch": "padded", "transport": "shm"}, "PaddedDispatcher"),
+        (4, 2, {"transport": "shm"}, "HierarchicalDispatcher"),
+    ],
+)
+def test_dispatchers(ranks, hosts, config, name):
+    expected = [name, "same"] + ([] if name == "PaddedDispatcher" else ["PlacedDispatcher", name])
+    assert pool(ranks).run(made, config, hosts) == [expected] * ranks
+
+
+def layer_of_one_rank() -> str:
+    from tests.mcore.megatron_case import LayerCase, make_layer
+
+    layer = make_layer(LayerCase(ep=1, scalemoe=ScaleMoEConfig(transport="shm")), "scalemoe")
+    layer(torch.randn(4, 1, 16))
+    return type(layer.token_dispatcher.dispatcher).__name__
+
+
+def test_one_rank_needs_no_transport():
+    assert pool(2).run(layer_of_one_rank) == ["LocalDispatcher"] * 2
+
+
+def layer_over_two_hosts(placed: bool) -> tuple[str, float]:
+    """Class name of a layer's dispatcher on two pretended hosts of two, and the largest difference to stock Megatron's layer."""
+    from megatron_scalemoe.dispatch import channels
+    from megatron_scalemoe.mcore import token_dispatcher
+    from tests.mcore import megatron_case
+    from tests.mcore.test_parity import _difference
+
+    case = megatron_case.LayerCase(ep=4, scalemoe=ScaleMoEConfig(transport="shm"))
+    make_layer, made = megatron_case.make_layer, []
+
+    def make_placed(case, kind):
+        layer = make_layer(case, kind)
+        if placed:
+            layer.token_dispatcher.set_placement(LayerPlacement(np.arange(8), 4, np.array([0, 0, 1, 1])))
+        made.append(layer.token_dispatcher)
+        return layer
+
+    stock = megatron_case.run_layer(case, "alltoall")
+    with (
+        mock.patch.dict(channels._layouts, clear=True),
+        mock.patch.dict(channels._channels, clear=True),
+        mock.patch.object(token_dispatcher, "this_host", return_value=f"host {dist.get_rank() // 2}"),
+        mock.patch.object(megatron_case, "make_layer", make_placed),
+    ):
+        ours = megatron_case.run_layer(case, "scalemoe")
+    return type(made[0].dispatcher).__name__, max(_difference(ours[name], stock[name]) for name in stock)
+
+
+@pytest.mark.parametrize(("placed", "expected"), [(False, "HierarchicalDispatcher"), (True, "PlacedDispatcher")])
+def test_a_layer_over_two_hosts(placed, expected):
+    for name, difference in pool(4).run(layer_over_two_hosts, placed):
+        assert name == expected
+        assert difference <= 1e-6
+
+
+def measured_over_transports(spoil: bool) -> tuple[bool, dict[str, int], float]:
+    """As `scalemoe bench dispatch` does it: same bits, bytes by collectives, largest error. spoil: one transport sums with an error."""
+    from tests.mcore.megatron_case import LayerCase, initialize, transformer_config
+
+    initialize(tp=1, ep=2, expert_tp=1)
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    from megatron_scalemoe.bench.dispatch import make_routed_tokens
+    from megatron_scalemoe.bench.measure import make_dispatchers, measure_dispatchers, same_bits
+
+    names = ["alltoall", "scalemoe collective", "scalemoe shm"]
+    config = transformer_config(LayerCase(ep=2), "alltoall")
+    dispatchers = make_dispatchers(names, config, ScaleMoEConfig(), get_default_pg_collection())
+    routed = [make_routed_tokens(32, 16, 8, 2, 1.0, torch.float32, seed=0)]
+    measured = measure_dispatchers(dispatchers, routed, iters=1, warmup=1)
+    if spoil and dist.get_rank() == 1:
+        shm = dispatchers["scalemoe shm"].dispatcher
+        shm.restore = lambda x, metadata: x * (1 + 2**-23)
+    same = same_bits([dispatchers[name] for name in names[1:]], routed)
+    errors = [measurement.max_rel_error for measurement in measured.values()]
+    return same, {name: measured[name].bytes_out for name in names}, max(errors)
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+def test_transports_are_compared_bit_for_bit(spoil):
+    for same, bytes_out, error in pool(2).run(measured_over_transports, spoil):
+        assert same != spoil
+        assert error <= 1e-6
+        assert bytes_out["scalemoe shm"] == 0 < bytes_out["scalemoe collective"] < bytes_out["alltoall"]
