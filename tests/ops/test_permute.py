@@ -1,4 +1,4 @@
-"""permute and unpermute, native and plain, against their plain-torch twins, and their gradients."""
+"""permute and unpermute, native and plain, against obvious twins, and their gradients."""
 
 from unittest import mock
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from megatron_scalemoe.ops import native
 from megatron_scalemoe.ops import permute as permute_module
-from megatron_scalemoe.ops.permute import permute, plain_row_map, row_map, sum_rows, unpermute
-from tests.ops import reference
+from megatron_scalemoe.ops.permute import RowMap, permute, row_map, sum_rows, unpermute
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -37,7 +37,8 @@ def sum_in_order(x: torch.Tensor, index: torch.Tensor, num_rows: int) -> torch.T
 def maps(draw):
     num_rows = draw(st.integers(1, 9))
     index = draw(st.lists(st.integers(0, num_rows - 1), max_size=20))
-    return num_rows, torch.tensor(index, dtype=torch.int64)
+    # every other one of a longer tensor
+    return num_rows, torch.tensor(index, dtype=torch.int64).repeat_interleave(2)[::2]
 
 
 @given(maps(), st.sampled_from(DTYPES), st.integers(1, 70))
@@ -46,19 +47,17 @@ def test_twins(case, dtype, columns):
     num_rows, index = case
     rows = row_map(index, num_rows)
     x = torch.randn(num_rows, columns).to(dtype)
-    assert torch.equal(permute(x, rows), reference.permute(x, index))
-    y = torch.randn(len(index), columns).to(dtype)
-    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-    torch.testing.assert_close(unpermute(y, rows), reference.unpermute(y, index, num_rows), rtol=tolerance, atol=tolerance)
+    assert torch.equal(permute(x, rows), x[index])
+    y = (torch.randn(len(index), columns) * 10).to(dtype)
+    assert torch.equal(unpermute(y, rows), sum_in_order(y, index, num_rows))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_rows", "num_permuted", "columns"), [(50, 100, 1024), (7, 300, 33), (400, 100, 64)])
-def test_sums_have_the_same_bits_however_they_are_made(num_rows, num_permuted, columns, dtype):
-    generator = torch.Generator().manual_seed(num_rows)
-    index = torch.randint(0, num_rows, (num_permuted,), generator=generator)
-    x = (torch.randn(num_permuted, columns, generator=generator) * 10).to(dtype)
-    assert torch.equal(unpermute(x, row_map(index, num_rows)), sum_in_order(x, index, num_rows))
+def test_sums_of_wide_rows_have_the_same_bits_however_they_are_made(dtype):
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 30, (150,), generator=generator)
+    x = (torch.randn(150, 1033, generator=generator) * 10).to(dtype)
+    assert torch.equal(unpermute(x, row_map(index, 30)), sum_in_order(x, index, 30))
 
 
 def test_large_rows_in_several_threads():
@@ -70,32 +69,26 @@ def test_large_rows_in_several_threads():
     assert torch.equal(unpermute(copies, rows), x * index.bincount(minlength=3000)[:, None])
 
 
-@given(maps())
-@settings(max_examples=15, deadline=None)
-def test_gradients(case):
-    num_rows, index = case
-    rows = row_map(index, num_rows)
-    x = torch.randn(num_rows, 3, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(len(index), 3, dtype=torch.float64, requires_grad=True)
+def test_gradients():
+    rows = row_map(torch.tensor([2, 0, 2, 0, 0]), 4)
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: permute(t, rows), (x,))
-    if len(index):
-        assert torch.autograd.gradcheck(lambda t: unpermute(t, rows), (y,))
+    assert torch.autograd.gradcheck(lambda t: unpermute(t, rows), (y,))
     assert not sum_rows(y, rows).requires_grad
+    with pytest.raises(AssertionError, match="not differentiable"):
+        torch.autograd.grad(permute(x, rows).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("implementation", ["native"], indirect=True)
-def test_torch_ops(implementation):
-    rows = row_map(torch.tensor([0, 3, 3, 1, 4, 0]), 5)
-    maps = rows.index_M, rows.order_M, rows.offsets
-    torch.library.opcheck(torch.ops.scalemoe.row_map.default, (rows.index_M, 5))
-    torch.library.opcheck(torch.ops.scalemoe.gather_rows.default, (torch.randn(5, 4, requires_grad=True), *maps))
-    torch.library.opcheck(torch.ops.scalemoe.sum_rows.default, (torch.randn(6, 4, requires_grad=True), *maps))
+def test_what_is_traced_is_plain_torch(implementation):
+    def there_and_back(x, index):
+        rows = row_map(index, 5)
+        return unpermute(permute(x, rows), rows)
 
-
-def test_a_second_derivative_is_refused():
-    rows, x = row_map(torch.tensor([0, 0]), 1), torch.ones(1, 2, requires_grad=True)
-    with pytest.raises(AssertionError, match="not differentiable"):
-        torch.autograd.grad(permute(x, rows).sum(), x, create_graph=True)
+    example = torch.randn(5, 4), torch.tensor([0, 3, 3, 1, 4, 0])
+    traced = make_fx(there_and_back, tracing_mode="fake")(*example)
+    assert torch.equal(traced(*example), there_and_back(*example))
 
 
 def test_order_is_ascending_within_a_source_row():
@@ -103,14 +96,6 @@ def test_order_is_ascending_within_a_source_row():
     assert rows.num_rows == 4
     assert rows.order_M.tolist() == [1, 3, 4, 0, 2]
     assert rows.offsets.tolist() == [0, 3, 3, 5, 5]
-
-
-@pytest.mark.parametrize(("num_rows", "num_permuted"), [(1, 0), (5, 3), (1000, 4000)])
-def test_row_maps_are_alike(num_rows, num_permuted):
-    index = torch.randint(0, num_rows, (2 * num_permuted,))[::2]
-    rows, (order, offsets) = row_map(index, num_rows), plain_row_map(index, num_rows)
-    assert torch.equal(rows.order_M, order)
-    assert torch.equal(rows.offsets, offsets)
 
 
 def test_bf16_sums_are_rounded_once_and_ties_to_even():
@@ -130,14 +115,6 @@ def test_strided_rows():
     assert torch.equal(unpermute(wide[0, :4].expand(3, 4), rows)[5], wide[0, :4])
 
 
-def test_wrong_shapes_are_refused():
-    rows = row_map(torch.tensor([0, 1]), 2)
-    with pytest.raises(AssertionError):
-        permute(torch.zeros(3, 4), rows)
-    with pytest.raises(AssertionError):
-        unpermute(torch.zeros(3, 4), rows)
-
-
 @pytest.mark.parametrize("index", [-1, 2])
 def test_rows_that_do_not_exist_are_refused(index):
     with pytest.raises(IndexError):
@@ -149,7 +126,8 @@ def test_rows_that_do_not_exist_are_refused(index):
 )
 @pytest.mark.parametrize("implementation", ["native"], indirect=True)  # torch checks its own
 def test_the_native_library_reads_nothing_outside(implementation, broken):
-    maps = {"index_M": [0, 1], "order_M": [0, 1], "offsets": [0, 1, 2], **broken}
-    op = torch.ops.scalemoe.gather_rows if "index_M" in broken else torch.ops.scalemoe.sum_rows
+    rows = RowMap(
+        **{name: torch.tensor(values) for name, values in ({"index_M": [0, 1], "order_M": [0, 1], "offsets": [0, 1, 2]} | broken).items()}
+    )
     with pytest.raises(IndexError):
-        op(torch.zeros(2, 4), *map(torch.tensor, maps.values()))
+        (permute if "index_M" in broken else unpermute)(torch.zeros(2, 4), rows)
