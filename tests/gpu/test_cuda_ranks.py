@@ -1,4 +1,4 @@
-"""The CUDA transport between real ranks, one GPU each, against plain collectives:
+"""The CUDA transport between real ranks, one GPU each, against plain indexing:
 
 torchrun --nproc-per-node 8 -m pytest tests/gpu/test_cuda_ranks.py
 """
@@ -14,8 +14,7 @@ import torch.distributed as dist
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.transports.cuda_memory import open_cuda
 from tests.gpu.test_cuda_virtual_ranks import on_gpu, to_cpu
-from tests.ops.emulated import Case, differing, make_inputs, run_operations
-from tests.ops.reference import ReferenceTransport
+from tests.ops.exchange_cases import Case, differing, expected_outputs, make_inputs, run_operations
 
 pytestmark = pytest.mark.skipif(int(os.environ.get("WORLD_SIZE", "1")) < 2, reason="for several ranks under torchrun")
 STRESS_STEPS = int(os.environ.get("SCALEMOE_GPU_STRESS_STEPS", "200"))  # 10000 for a release
@@ -30,16 +29,13 @@ def ranks():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_as_over_collectives(ranks, dtype):
+def test_every_operation_is_exact(ranks, dtype):
     case = Case(ranks=ranks, top_k=4, num_local=4, tokens=(64, 40), dtype=dtype, columns=512)
     transport = open_cuda(dist.group.WORLD, case.limits, timeout_s=30)
     for step in range(3):
-        inputs = make_inputs(case, dist.get_rank(), seed=step)
-        outputs = to_cpu(run_operations(transport, on_gpu(inputs), case))
-        num_rows = int(outputs.tokens_per_expert.sum())
-        cut = {name: getattr(inputs, name)[:num_rows] for name in ("expert_out", "grad_rows", "grad_row_probs")}
-        expected = run_operations(ReferenceTransport(dist.group.WORLD), dataclasses.replace(inputs, **cut), case)
-        assert not differing(outputs, expected)
+        inputs = [make_inputs(case, rank, seed=step) for rank in range(ranks)]
+        outputs = to_cpu(run_operations(transport, on_gpu(inputs[dist.get_rank()]), case))
+        assert not differing(outputs, expected_outputs(inputs, case)[dist.get_rank()])
     transport.check()
 
 
