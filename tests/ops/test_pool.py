@@ -19,56 +19,37 @@ def floats(pool: Pool, mib: float) -> torch.Tensor:
     return pool.empty((int(mib * MIB) // 4,), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
-def test_tensors_are_as_asked_and_memory_comes_again(dtype):
+def test_tensors_are_as_asked_and_memory_comes_again():
     pool = Pool()
-    x = pool.empty((3, 1 << 20), dtype)
-    assert (x.shape, x.dtype, x.is_contiguous(), x.requires_grad) == ((3, 1 << 20), dtype, True, False)
+    x = pool.empty((3, 1 << 20), torch.bfloat16)
+    assert (x.shape, x.dtype, x.is_contiguous(), x.requires_grad) == ((3, 1 << 20), torch.bfloat16, True, False)
     address = x.data_ptr()
-    x.fill_(7)
+    part = x.fill_(7).view(2, -1)[1, 5:]
     del x
-    assert pool.empty((1 << 20, 3), dtype).data_ptr() == address
-
-
-def test_small_tensors_are_torchs_own():
-    pool = Pool()
-    for shape in ((), (0, 5), (SMALLEST_BLOCK_BYTES // 4 - 1,)):
-        assert pool.empty(shape, torch.float32).shape == shape
-    assert pool.idle_bytes == 0
-
-
-def test_a_block_comes_back_when_its_last_view_dies():
-    pool = Pool()
-    x = floats(pool, 8)
-    part = x.view(2, -1)[1, 5:]
-    del x
-    assert pool.idle_bytes == 0
-    part.fill_(1)
+    assert pool.idle_bytes == 0, "a view still has it"
     del part
-    assert pool.idle_bytes == 8 * MIB
+    assert pool.idle_bytes == 6 * MIB
+    assert pool.empty((1 << 20,), torch.float32).data_ptr() == address
+    small = pool.empty((SMALLEST_BLOCK_BYTES // 4 - 1,), torch.float32)
+    del small
+    assert pool.idle_bytes == 6 * MIB, "small tensors are torch's own"
 
 
-def test_autograd_keeps_a_block_until_the_backward_pass():
-    pool = Pool()
-    weight = torch.ones(2 * MIB, requires_grad=True)
-    x = floats(pool, 8).fill_(3)
-    loss = (weight * x).sum()
-    del x
-    gc.collect()
-    assert pool.idle_bytes == 0
-    loss.backward()
-    assert pool.idle_bytes == 8 * MIB
-    assert weight.grad[0] == 3
-
-
-def test_a_backward_pass_in_a_thread_gives_blocks_back():
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_autograd_keeps_a_block_until_the_backward_pass(in_thread):
     pool = Pool()
     weight = torch.ones(2 * MIB, requires_grad=True)
     loss = (weight * floats(pool, 8).fill_(3)).sum()
-    thread = threading.Thread(target=loss.backward)
-    thread.start()
-    thread.join(30)
+    gc.collect()
+    assert pool.idle_bytes == 0
+    if in_thread:
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join(30)
+    else:
+        loss.backward()
     assert pool.idle_bytes == 8 * MIB
+    assert weight.grad[0] == 3
 
 
 def test_the_smallest_block_that_fits_is_taken_unless_it_is_far_too_large():
@@ -100,7 +81,7 @@ def test_idle_memory_is_bounded_and_the_oldest_goes():
 
 
 def test_blocks_are_not_much_larger_than_asked():
-    for num_bytes in (SMALLEST_BLOCK_BYTES, 5 * MIB, 33 * MIB + 1, 100 * MIB):
+    for num_bytes in (SMALLEST_BLOCK_BYTES, 33 * MIB + 1):
         pool = Pool()
         pool.empty((num_bytes,), torch.uint8)
         assert num_bytes <= pool.idle_bytes < max(num_bytes * 9 / 8, num_bytes + HUGE_PAGE_BYTES)
