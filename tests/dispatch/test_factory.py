@@ -13,10 +13,10 @@ from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.dispatch.channels import DispatchSizes, Peers
 from megatron_scalemoe.dispatch.factory import make_dispatcher
 from megatron_scalemoe.dispatch.placed import LayerPlacement
+from tests.dispatch.cases import NODES, Case, make_inputs
 from tests.rank_pool import COLLECTIVE_TIMEOUT_S, pool
 
 SIZES = DispatchSizes(num_experts=8, max_experts_per_token=2, expert_tp_size=1, tokens=10, hidden=8, dtype=torch.float32)
-PLACEMENTS = {2: (0, 0), 4: (0, 0, 1, 1)}  # node of each rank
 
 
 @functools.cache
@@ -26,16 +26,18 @@ def peers(hosts: int) -> Peers:
     return Peers(group, torch.device("cpu"), host, datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S))
 
 
-def made(config: dict, hosts: int) -> list[str]:
-    """Class names of two layers' dispatchers and of the one inside a placed one; "same" if the first two have one transport."""
-    first, second = (make_dispatcher(ScaleMoEConfig(**config), peers(hosts), SIZES) for _ in range(2))
-    same = getattr(first, "transport", None) == getattr(second, "transport", None)
-    found = [type(first).__name__, "same" if same else "other"]
-    if config.get("dispatch") != "padded":
-        size = dist.get_world_size()
-        placement = LayerPlacement(np.arange(8), size, np.array(PLACEMENTS[size]))
-        placed = make_dispatcher(ScaleMoEConfig(**config), peers(hosts), SIZES, placement)
-        found += [type(placed).__name__, type(placed._inner).__name__]
+def made(config: dict, hosts: int) -> list:
+    """Class names of two layers' dispatchers and of the one inside a placed one, whose rows must come back; do the first two share a transport?"""
+    scalemoe, size = ScaleMoEConfig(**config), dist.get_world_size()
+    first, second = (make_dispatcher(scalemoe, peers(hosts), SIZES) for _ in range(2))
+    found = [type(first).__name__, getattr(first, "transport", None) == getattr(second, "transport", None)]
+    if scalemoe.dispatch != "padded":
+        slots_GL = np.column_stack([np.arange(8).reshape(size, -1), np.where(np.arange(size) == 0, 7, 0)])  # with a replica on each rank
+        placed = make_dispatcher(scalemoe, peers(hosts), SIZES, LayerPlacement(slots_GL.reshape(-1), size, np.array(NODES[size])))
+        x, probs, routing_map = make_inputs(Case(hidden=SIZES.hidden), dist.get_rank())
+        rows, _, row_probs, metadata = placed.dispatch(x, probs, routing_map)
+        y = placed.combine(rows * row_probs[:, None], metadata)
+        found += [type(placed._inner).__name__, torch.allclose(y, x * probs.sum(1, keepdim=True))]
     return found
 
 
@@ -49,7 +51,7 @@ def made(config: dict, hosts: int) -> list[str]:
     ],
 )
 def test_dispatchers(ranks, hosts, config, name):
-    expected = [name, "same"] + ([] if name == "PaddedDispatcher" else ["PlacedDispatcher", name])
+    expected = [name, True] if name == "PaddedDispatcher" else [name, True] * 2
     assert pool(ranks).run(made, config, hosts) == [expected] * ranks
 
 

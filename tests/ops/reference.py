@@ -1,4 +1,4 @@
-"""Plain-torch twins of the ops: slow, obvious, and differentiated by autograd alone. Tests compare against them."""
+"""Plain-torch twins of collectives, transports and MoE layers: slow and obvious."""
 
 from __future__ import annotations
 
@@ -7,17 +7,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-
-def permute(x_ND: Tensor, index_M: Tensor) -> Tensor:
-    """Twin of `ops.permute.permute`."""
-    return x_ND[index_M]
-
-
-def unpermute(x_MD: Tensor, index_M: Tensor, num_rows: int) -> Tensor:
-    """Twin of `ops.permute.unpermute`."""
-    zeros = torch.zeros(num_rows, x_MD.shape[1], dtype=torch.float64, device=x_MD.device)
-    return zeros.index_add(0, index_M, x_MD.double()).to(x_MD.dtype)
 
 
 def ragged_all_to_all(x: Tensor, input_splits: Sequence[int], output_splits: Sequence[int], group: dist.ProcessGroup) -> Tensor:

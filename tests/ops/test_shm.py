@@ -1,4 +1,4 @@
-"""The shared-memory transport: every op against its twin and against the collectives, and what becomes of errors.
+"""The shared-memory transport: every op against plain indexing, and what becomes of errors.
 
 SCALEMOE_SHM_CASES=10000 runs that many random cases in place of the suite's.
 """
