@@ -27,7 +27,7 @@ def peers(hosts: int) -> Peers:
 
 
 def made(config: dict, hosts: int) -> list:
-    """Class names of two layers' dispatchers and of the one inside a placed one, whose rows must come back; do the first two share a transport?"""
+    """Class names of two layers' dispatchers, which share a transport, and of the one inside a placed one, whose rows come back."""
     scalemoe, size = ScaleMoEConfig(**config), dist.get_world_size()
     first, second = (make_dispatcher(scalemoe, peers(hosts), SIZES) for _ in range(2))
     found = [type(first).__name__, getattr(first, "transport", None) == getattr(second, "transport", None)]
