@@ -28,7 +28,7 @@ def open_cuda(group: dist.ProcessGroup, limits: Limits, timeout_s: float) -> Cud
     assert library is not None, native.why_not("cuda")
     buffers = _open_buffers(group, limits.buffer_bytes(library, group.size()), device, library)
     transport = CudaTransport(library, buffers, limits, timeout_s, device, group)
-    dist.barrier(group)  # nobody may write before all are open
+    gather_objects(None, group)  # nobody may write before all are open
     return transport
 
 
