@@ -45,7 +45,7 @@ class Case:
         return 2e-2 if self.dtype == torch.bfloat16 else 1e-6
 
 
-NODES = {2: (0, 0), 4: (0, 0, 1, 1)}
+NODES = {1: (0,), 2: (0, 0), 4: (0, 0, 1, 1)}
 CASES = {
     "top1": Case(top_k=1),
     "top2-skew1.5": Case(skew=1.5),

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_scalemoe.config import ScaleMoEConfig
+from megatron_scalemoe.dispatch import channels
 from megatron_scalemoe.dispatch.channels import DispatchSizes, Peers
 from megatron_scalemoe.dispatch.factory import make_dispatcher
 from megatron_scalemoe.dispatch.placed import LayerPlacement
@@ -69,12 +70,12 @@ def test_one_rank_needs_no_transport():
 
 def layer_over_two_hosts(placed: bool) -> tuple[str, float]:
     """Class name of a layer's dispatcher on two pretended hosts of two, and the largest difference to stock Megatron's layer."""
-    from megatron_scalemoe.dispatch import channels
-    from megatron_scalemoe.mcore import token_dispatcher
     from tests.mcore import megatron_case
-    from tests.mcore.test_parity import _difference
 
     case = megatron_case.LayerCase(ep=4, scalemoe=ScaleMoEConfig(transport="shm"))
+    from megatron_scalemoe.mcore import token_dispatcher
+    from tests.mcore.test_parity import _difference
+
     make_layer, made = megatron_case.make_layer, []
 
     def make_placed(case, kind):
