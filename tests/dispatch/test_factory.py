@@ -110,13 +110,14 @@ def measured_over_transports(spoil: bool) -> tuple[bool, dict[str, int], float]:
     initialize(tp=1, ep=2, expert_tp=1)
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-    from megatron_scalemoe.bench.dispatch import make_routed_tokens
-    from megatron_scalemoe.bench.measure import make_dispatchers, measure_dispatchers, same_bits
+    from megatron_scalemoe.bench.measure import measure_dispatchers, same_bits
+    from megatron_scalemoe.bench.routed_tokens import make_routed_tokens
+    from megatron_scalemoe.mcore.stock import make_dispatchers
 
     names = ["alltoall", "scalemoe collective", "scalemoe shm"]
     config = transformer_config(LayerCase(ep=2), "alltoall")
     dispatchers = make_dispatchers(names, config, ScaleMoEConfig(), get_default_pg_collection())
-    routed = [make_routed_tokens(32, 16, 8, 2, 1.0, torch.float32, seed=0)]
+    routed = [make_routed_tokens(32, 16, 8, 2, 1.0, torch.float32, dist.get_rank(), torch.device("cpu"))]
     measured = measure_dispatchers(dispatchers, routed, iters=1, warmup=1)
     if spoil and dist.get_rank() == 1:
         shm = dispatchers["scalemoe shm"].dispatcher
