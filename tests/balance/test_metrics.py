@@ -53,8 +53,8 @@ def test_with_expert_tensor_parallelism_a_kept_row_counts_once():
     meter = LayerMeter.__new__(LayerMeter)
     meter._groups = SimpleNamespace(expert_tp=SimpleNamespace(size=lambda: 2), stage=SimpleNamespace(size=lambda: 4))
     meter._sizes = SimpleNamespace(hidden_size=8, dtype=SimpleNamespace(itemsize=2), pads_to_capacity=False)
-    load, stayed, left, selections, kept, replicas, homes_moved = [3, 3], 2, 4, 4, 6, 0, 0
-    figures = meter._figures(1, [*load, stayed, left, selections, kept, replicas, homes_moved], 1)
+    load, selections, stayed, left, padding, replicas, homes_moved = [5, 3], 4, 2, 4, 2, 0, 0
+    figures = meter._figures(1, [*load, selections, stayed, left, padding, replicas, homes_moved], 1)
     assert figures.drop_rate == 1 / 4
     assert figures.sent_bytes == 2 * left * 16 / 4
     assert figures.local_share == 2 / 6
