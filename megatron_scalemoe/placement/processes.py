@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from threadpoolctl import threadpool_limits
-
 from megatron_scalemoe.environment import usable_cores
 from megatron_scalemoe.errors import ScaleMoEError
 
@@ -60,9 +58,16 @@ def default_processes(count: int) -> int:
     return max(1, min(count, usable_cores(), _MOST_PROCESSES))
 
 
+def one_blas_thread() -> contextlib.AbstractContextManager:
+    """From now on, or until the context ends."""
+    from threadpoolctl import threadpool_limits  # sets an environment variable when it is imported
+
+    return threadpool_limits(limits=1, user_api="blas")
+
+
 def _here(job: Callable[..., Result], arguments: Sequence[tuple]) -> Iterator[tuple[int, Result]]:
     for index, given in enumerate(arguments):
-        with threadpool_limits(limits=1, user_api="blas"):
+        with one_blas_thread():
             yield index, job(*given)
 
 
@@ -88,4 +93,4 @@ def _begin(parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threadpool_limits(limits=1, user_api="blas")
+    one_blas_thread()

@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import read_document, write_atomically
+from megatron_scalemoe.placement.processes import one_blas_thread
 from megatron_scalemoe.placement.replan.policy import ReplanPolicy
 from megatron_scalemoe.placement.replan.replan import Replan, ReplanOptions, replan
 from megatron_scalemoe.plan.placement_plan import PlacementPlan, load_plan, save_plan
@@ -149,7 +149,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.nice(_NICE)
-    threadpool_limits(limits=1, user_api="blas")
+    one_blas_thread()
     watch = threading.Thread(target=_die_with_parent, args=(directory,), daemon=True)
     watch.start()
     _answer(directory)
