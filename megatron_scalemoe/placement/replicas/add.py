@@ -57,7 +57,7 @@ def add_replicas(
     if not problem.replicas or not problem.load.any():
         return bare
     size = min(1.0, _SMALL / (problem.num_experts + problem.replicas)) ** 0.5
-    judge = _judge(problem, bare, *plausible_loads(problem.traffic.loads, max(FEWEST_CASES, round(CASES * size)), rng))
+    judge = judge_of(problem, bare, *plausible_loads(problem.traffic.loads, max(FEWEST_CASES, round(CASES * size)), rng))
     limits = Limits(problem.replicas, problem.replica_slots_per_rank, fixed_homes)
     draws, trials = budget.iterations(DRAWS * size, FEWEST_DRAWS), budget.iterations(TRIALS * size**2)
     best, best_us = None, math.inf
@@ -74,7 +74,7 @@ def add_replicas(
         for start in (balanced, *others)
         if judge.cost_us(start) < math.inf
     ]
-    return _without_unpaid(judge, min([balanced, *polished], key=judge.cost_us), budget)
+    return without_unpaid(judge, min([balanced, *polished], key=judge.cost_us), budget)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ class _Judge:
         return replica_us(solution.home_rank, solution.hosts, self.problem.cost, self.problem.ports)
 
 
-def _judge(problem: LayerProblem, bare: Solution, loads_BE: np.ndarray, weight_B: np.ndarray) -> _Judge:
+def judge_of(problem: LayerProblem, bare: Solution, loads_BE: np.ndarray, weight_B: np.ndarray) -> _Judge:
     bare_us = placement_cost(problem, bare.hosts.astype(np.float64)).total_us
     return _Judge(problem, loads_BE, weight_B, bare_us / float((problem.load @ bare.hosts).max()), bare_us)
 
@@ -137,7 +137,7 @@ def _starts(judge: _Judge, bare: Solution, old: Solution | None, fixed_homes: bo
         yield from (packed_replicas(load_E, ranks=ranks, replicas=int(replicas * part), per_rank=per_rank) for part in parts)
 
 
-def _without_unpaid(judge: _Judge, solution: Solution, budget: Budget) -> Solution:
+def without_unpaid(judge: _Judge, solution: Solution, budget: Budget) -> Solution:
     """Drops, one by one, replicas whose price is more than they save; those with the fewest tokens first."""
     best, best_us, price_us = solution, judge.cost_us(solution), judge.price_us(solution)
     if price_us < _CHEAP * best_us:

@@ -12,7 +12,7 @@ from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.placement.budget import Budget
 from megatron_scalemoe.placement.objective import solution_cost
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
-from megatron_scalemoe.placement.replicas.add import add_replicas
+from megatron_scalemoe.placement.replicas.add import add_replicas, judge_of, without_unpaid
 from megatron_scalemoe.placement.replicas.construct import (
     balanced_homes,
     chained_replicas,
@@ -127,6 +127,29 @@ def test_a_replica_is_placed_only_where_it_pays():
     assert paid[1] > 0
     assert paid[2] == 0
     assert paid[3] > 0
+
+
+def hot_expert_with_a_needless_replica():
+    """The replica of the hot expert pays, that of a cold one only costs."""
+    problem = layer_problem(np.array([[90_000.0, 3000, 3000, 3000, 3000, 3000, 3000, 3000]]), 8, 8, CostModel(micro_batches=8))
+    bare = Solution.without_replicas(contiguous(8, 8), 8)
+    solution = Solution(bare.home_rank, bare.hosts.copy())
+    solution.hosts[[0, 5], 1] = True
+    return judge_of(problem, bare, problem.traffic.loads, np.ones(1)), solution
+
+
+def test_a_replica_that_does_not_pay_is_dropped():
+    judge, solution = hot_expert_with_a_needless_replica()
+    kept = without_unpaid(judge, solution, Budget())
+    assert kept.hosts[0, 1]
+    assert not kept.hosts[5, 1]
+
+
+def test_loads_to_come_have_a_price():
+    judge, solution = hot_expert_with_a_needless_replica()
+    assert judge.cost_us(solution, largest=80_000.0) - judge.cost_us(solution, largest=50_000.0) == pytest.approx(
+        30_000 * judge.us_per_token
+    )
 
 
 def test_recorded_shape_one_step_later_is_balanced_to_6_percent_at_1_5_times_and_1_percent_at_2_times_the_slots():
