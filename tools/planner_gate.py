@@ -81,9 +81,9 @@ def measure(spec: dict, solver: str | None, time_budget_s: float) -> dict:
     trace = synthesize(**spec["traffic"])
     links, cost = Links(topology), CostModel(**spec["cost"])
     ports = links.ports
-    options = {"solver": solver} if solver else {}
+    options = {"processes": 1, "links": links} | ({"solver": solver} if solver else {})
     began = time.process_time()
-    plan = solve_trace(trace, ports, cost, replicas=spec["replicas"], time_budget_s=time_budget_s, processes=1, **options).plan
+    plan = solve_trace(trace, ports, cost, replicas=spec["replicas"], time_budget_s=time_budget_s, **options).plan
     seconds = time.process_time() - began
     cost_us = replay(trace, plan, links, cost).summary()["step_us"]
     return {"cost_us": cost_us, "time_s": seconds, "plan": plan.content_hash}

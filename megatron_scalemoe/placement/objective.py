@@ -31,6 +31,13 @@ def solution_cost(problem: LayerProblem, solution: Solution) -> LayerCost:
     return split_cost(slots_of_hosts(hosts_EG), solution.home_rank, hosts_EG, problem.traffic, problem.ports, _flat(problem.cost))
 
 
+def final_cost_us(problem: LayerProblem, solution: Solution) -> float:
+    """As `solution_cost`, of the exchange as it is, on the links where they are known."""
+    slots_P = slots_of_hosts(solution.hosts)
+    network = problem.links or problem.ports
+    return split_cost(slots_P, solution.home_rank, solution.hosts, problem.traffic, network, problem.cost).total_us
+
+
 def slots_of_hosts(hosts_EG: np.ndarray) -> np.ndarray:
     """int64 [P]: a row of slots that holds the copies of bool `hosts_EG`; as many slots for each rank as the fullest one needs."""
     rank, expert = np.nonzero(hosts_EG.T)

@@ -96,7 +96,7 @@ def plan_trace(request: PlanRequest, *, progress: Callable[[int, int], None] | N
     trace, links, topology = request.trace, request.links, request.topology
     names = ("solver", "replicas", "seed", "time_budget_s", "steps", "shared")
     options = {name: getattr(request, name) for name in names}
-    solved = solve_trace(trace, links.ports, request.cost, progress=progress, **options)
+    solved = solve_trace(trace, links.ports, request.cost, links=links, progress=progress, **options)
     of_topology = {"topology": topology.name, "topology_hash": topology.content_hash, "node_of_rank": topology.node_of_rank.tolist()}
     plan = dataclasses.replace(solved.plan, provenance={**solved.plan.provenance, **of_topology})
     cost, baseline = (plan_cost(p, trace, links, request.cost, steps=request.steps) for p in (plan, request.contiguous))

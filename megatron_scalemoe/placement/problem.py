@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.cost.network import Links
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.plan.fit import Sizes, check_fit
 from megatron_scalemoe.topology.ports import Ports
@@ -17,6 +18,7 @@ from megatron_scalemoe.traffic.trace import LayerTraffic
 class LayerProblem:
     """Place E experts, and up to `replicas` copies of them, on the G ranks of one layer.
 
+    links: where known, they have the final word between placements that the search found at the ports.
     Every rank gets E/G homes and at most `replica_slots_per_rank` replicas. Raises `ScaleMoEError` when that cannot be.
     """
 
@@ -24,6 +26,7 @@ class LayerProblem:
     ports: Ports
     cost: CostModel
     replicas: int = 0
+    links: Links | None = None
 
     def __post_init__(self) -> None:
         ranks, experts = self.traffic.counts.shape

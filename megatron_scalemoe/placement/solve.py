@@ -9,11 +9,12 @@ from collections.abc import Callable
 import numpy as np
 
 from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.cost.network import Links
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.bound import gap_to, lower_bound_us
 from megatron_scalemoe.placement.budget import Budget
 from megatron_scalemoe.placement.defaults import SOLVER, TIME_BUDGET_S
-from megatron_scalemoe.placement.objective import solution_cost
+from megatron_scalemoe.placement.objective import final_cost_us, solution_cost
 from megatron_scalemoe.placement.problem import LayerProblem, Solution
 from megatron_scalemoe.placement.processes import default_processes, run_jobs
 from megatron_scalemoe.placement.replicas.add import add_replicas
@@ -40,9 +41,9 @@ SOLVERS: dict[str, Callable[..., np.ndarray | Solution]] = {
 BASELINES = ("contiguous", "random", "greedy", "hierarchical", "genetic_paper")
 _WITHOUT_OUR_REPLICAS = ("contiguous", "random", "hierarchical")
 # Up to as many layers get the full number of iterations; of more layers each gets less, so that a plan takes about as long.
-_FULL_LAYERS = 2
-_REPLICA_TRIES = 4
-# Of the time that may cut a search, where replicas follow.
+_FULL_LAYERS = 2.5
+_REPLICA_TRIES = 6
+# Of the iterations, and of the time that may cut them, where replicas follow.
 _HOMES_SHARE = 0.4
 
 
@@ -146,7 +147,8 @@ def check_solver(solver: str) -> None:
 def _search(problem: LayerProblem, solver: str, rng: np.random.Generator, budget: Budget, record: Callable[[float], None]) -> Solution:
     replicate = problem.replicas > 0 and solver not in _WITHOUT_OUR_REPLICAS
     now = time.monotonic()
-    homes_budget = Budget(budget.effort, now + (budget.deadline - now) * (_HOMES_SHARE if replicate else 1.0))
+    share = _HOMES_SHARE if replicate else 1.0
+    homes_budget = Budget(budget.effort * share, now + (budget.deadline - now) * share)
     found = SOLVERS[solver](problem, rng=rng, budget=homes_budget, progress=record)
     if replicate:
         found = _with_replicas(problem, found, rng, budget, budget.iterations(_REPLICA_TRIES) if solver == SOLVER else 1)
@@ -155,14 +157,18 @@ def _search(problem: LayerProblem, solver: str, rng: np.random.Generator, budget
 
 
 def _with_replicas(problem: LayerProblem, home_rank_E: np.ndarray, rng: np.random.Generator, budget: Budget, tries: int) -> Solution:
-    """The best of `add_replicas` from these homes and from greedy ones in turn: good homes need not be the best ones without replicas."""
-    starts = (home_rank_E, solve_greedy(problem, rng=rng, budget=budget))
-    solutions = []
-    for i in range(tries):
-        solutions.append(add_replicas(problem, starts[i % 2], rng=rng, budget=budget))
+    """The best of `add_replicas` from these homes, from greedy ones (good homes need not be the best ones without replicas), and again and
+    again from the best so far."""
+    best = add_replicas(problem, home_rank_E, rng=rng, budget=budget)
+    for i in range(1, tries):
         if budget.over():
             break
-    return min(solutions, key=lambda solution: solution_cost(problem, solution).total_us)
+        if i == 1:
+            tried = add_replicas(problem, solve_greedy(problem, rng=rng, budget=budget), rng=rng, budget=budget)
+        else:
+            tried = add_replicas(problem, best.home_rank, old=best, rng=rng, budget=budget)
+        best = min(best, tried, key=lambda solution: final_cost_us(problem, solution))
+    return best
 
 
 def solve_trace(
@@ -179,13 +185,15 @@ def solve_trace(
     shared: bool = False,
     progress: Callable[[int, int], None] | None = None,
     processes: int | None = None,
+    links: Links | None = None,
 ) -> SolveResult:
     """A plan from the mean traffic of `steps` (which must hold at least one step).
 
     replicas: extra slots per layer, over all ranks. time_budget_s: a limit; where it cuts the search short, the result says so. Otherwise
     the plan depends on `seed` only. effort: share of the full number of iterations; less than 1 for plans that are made often.
     shared: one placement for all layers, from their mean. progress: called with (layers done, layers to do).
-    processes: default as many as pay (see `processes`). Raises `ScaleMoEError` for input that does not fit.
+    processes: default as many as pay (see `processes`). links: of the same cluster; they choose between
+    plans of the search. Raises `ScaleMoEError` for input that does not fit.
     """
     began = time.monotonic()
     check_solver(solver)
@@ -194,7 +202,8 @@ def solve_trace(
     if not time_budget_s > 0:
         raise ScaleMoEError("the time budget must be above 0 s", found=time_budget_s)
     problems = [
-        LayerProblem(traffic=trace.layer(layer, steps), ports=ports, cost=cost, replicas=replicas) for layer in range(trace.num_layers)
+        LayerProblem(traffic=trace.layer(layer, steps), ports=ports, cost=cost, replicas=replicas, links=links)
+        for layer in range(trace.num_layers)
     ]
     searched = [_mean_of_layers(problems)] if shared else problems
 

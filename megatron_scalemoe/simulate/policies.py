@@ -32,7 +32,7 @@ def planned_steps(request: PlanRequest, replanning: Replanning | None = None, *,
     options["effort"] = 1.0 if replanning is None else _REPLANNING_EFFORT
 
     def planner(trace: RoutingTrace, steps: slice, previous: PlacementPlan) -> PlacementPlan:
-        made = solve_trace(trace, ports, request.cost, steps=steps, **options).plan
+        made = solve_trace(trace, ports, request.cost, links=request.links, steps=steps, **options).plan
         return align_plan(previous, made, interchangeable_ranks(ports))
 
     if replanning is None:

@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 
 from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.cost.network import Links
+from megatron_scalemoe.cost.plan import plan_cost
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.objective import home_cost_us, solution_cost
 from megatron_scalemoe.placement.solve import BASELINES, SOLVERS, solve_layer, solve_trace
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
+from megatron_scalemoe.topology.builders import build_topology
 from megatron_scalemoe.topology.ports import two_level_ports
 from megatron_scalemoe.traffic.synthetic import synthesize
 from tests.placement.search_cases import assert_balanced, clustered_problem
@@ -112,3 +115,16 @@ def test_a_bound_that_tells_nothing_is_not_told():
 def test_input_that_does_not_fit_is_refused(arguments, message):
     with pytest.raises(ScaleMoEError, match=message):
         solve_trace(TRACE, PORTS, CostModel(), **arguments)
+
+
+def test_the_links_choose_between_the_plans_that_a_search_found():
+    """On a torus: with the links known, the plan costs there no more than the plan that the ports alone choose."""
+    links = Links(build_topology("torus", {"dims": [2, 2, 2], "gpus_per_node": 2}))
+    trace = synthesize("clustered", ranks=8, experts=16, layers=1, topk=2, steps=2, tokens_per_rank=500, seed=1)
+    cost = CostModel(micro_batches=8)
+
+    def cost_us(known):
+        plan = solve_trace(trace, links.ports, cost, replicas=8, links=known).plan
+        return plan_cost(plan, trace, links, cost).total_us
+
+    assert cost_us(links) < cost_us(None)

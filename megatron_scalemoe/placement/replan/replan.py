@@ -33,7 +33,7 @@ from megatron_scalemoe.traffic.trace import RoutingTrace
 from megatron_scalemoe.version import __version__
 
 # Beside training, few iterations: of the full number of a search.
-_EFFORT = 0.25
+_EFFORT = 0.6
 # Up to as many layers get them; of more layers each gets less.
 _FULL_LAYERS = 8
 # Recorded steps, evenly spaced, that the noise of a saving is taken from.

@@ -25,7 +25,7 @@ CASES, FEWEST_CASES = 12, 4
 DRAWS, FEWEST_DRAWS = 40, 6
 _SMALL = 64  # experts + replicas
 # Moves that are judged by their full cost, from each of two placements; far fewer for more experts.
-TRIALS = 250
+TRIALS = 200
 # Largest rank loads, relative to the mean, and parts of the replicas that are tried besides perfect balance and all replicas.
 _TARGETS = (1.01, 1.03, 1.06, 1.1, 1.2, 1.35, 1.6, 2.0, 3.0, 5.0)
 _PARTS = (0.75, 0.5, 0.25)
@@ -68,7 +68,7 @@ def add_replicas(
         if budget.over():
             return best
     balanced = improve(best, judge.loads_BE, judge.weight_B, judge.cost_us, limits, draws=draws, rng=rng, budget=budget)
-    others = ([] if fixed_homes else [eplb_shaped(problem)]) + ([old] if old else [])
+    others = [old] if old else [] if fixed_homes else [eplb_shaped(problem)]
     polished = [
         polish(start, judge.plain_us, judge.cost_us, limits, trials=trials, rng=rng, budget=budget)
         for start in (balanced, *others)

@@ -49,7 +49,10 @@ def test_its_own_result_stays(migrate):
     first = replan(trace, start(), PORTS, COST, options)
     again = replan(trace, first.plan, PORTS, COST, options)
     assert again.current_us == pytest.approx(first.planned_us)
-    assert again.plan.content_hash == first.plan.content_hash and again.planned_us == again.current_us
+    if again.changed:  # from a better start the search may find more: then a layer must gain enough
+        assert again.planned_us < again.current_us * (1 - OPTIONS.policy.min_saving / LAYERS / 2)
+    else:
+        assert again.plan.content_hash == first.plan.content_hash and again.planned_us == again.current_us
 
 
 def bad_homes() -> tuple[RoutingTrace, PlacementPlan]:
