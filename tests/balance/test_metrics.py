@@ -58,3 +58,22 @@ def test_with_expert_tensor_parallelism_a_kept_row_counts_once():
     assert figures.drop_rate == 1 / 4
     assert figures.sent_bytes == 2 * left * 16 / 4
     assert figures.local_share == 2 / 6
+
+
+def test_the_load_of_a_step_is_of_that_step_alone(monkeypatch):
+    from types import SimpleNamespace
+
+    import torch
+
+    from megatron_scalemoe.balance.metrics import StepMeter
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    dispatcher = SimpleNamespace(rows_computed=0)
+    layer = SimpleNamespace(layer=SimpleNamespace(token_dispatcher=dispatcher), replica_time_s=0.0)
+    meter = StepMeter([layer], SimpleNamespace(stage=None))
+    meter._load = lambda rows_SL: torch.stack([rows_SL, torch.full_like(rows_SL, 4)], dim=2)  # another rank computes four rows a step
+    for _ in range(3):
+        dispatcher.rows_computed += 4
+        meter.end_step()
+    assert meter.gather(3)["max_over_mean"] == 1.0
