@@ -157,16 +157,15 @@ def _search(problem: LayerProblem, solver: str, rng: np.random.Generator, budget
 
 
 def _with_replicas(problem: LayerProblem, home_rank_E: np.ndarray, rng: np.random.Generator, budget: Budget, tries: int) -> Solution:
-    """The best of `add_replicas` from these homes, from greedy ones (good homes need not be the best ones without replicas), and again and
-    again from the best so far."""
+    """The best of `add_replicas` from these homes and from greedy ones in turn (good homes need not be the best ones without replicas), the
+    last third of the tries from the best so far."""
+    starts = (home_rank_E, solve_greedy(problem, rng=rng, budget=budget))
     best = add_replicas(problem, home_rank_E, rng=rng, budget=budget)
     for i in range(1, tries):
         if budget.over():
             break
-        if i == 1:
-            tried = add_replicas(problem, solve_greedy(problem, rng=rng, budget=budget), rng=rng, budget=budget)
-        else:
-            tried = add_replicas(problem, best.home_rank, old=best, rng=rng, budget=budget)
+        homes_E, old = (starts[i % 2], None) if i < 2 * tries / 3 else (best.home_rank, best)
+        tried = add_replicas(problem, homes_E, old=old, rng=rng, budget=budget)
         best = min(best, tried, key=lambda solution: final_cost_us(problem, solution))
     return best
 
