@@ -205,14 +205,8 @@ def solve_trace(
         for layer in range(trace.num_layers)
     ]
     searched = [_mean_of_layers(problems)] if shared else problems
-
     processes = processes or default_processes(len(searched))
-    effort *= min(1.0, _FULL_LAYERS / len(searched))
-    turns = -(-len(searched) // processes)
-    jobs = []
-    for layer, problem in enumerate(searched):
-        deadline = began + time_budget_s * (layer // processes + 1) / turns
-        jobs.append((problem, solver, [seed, layer], deadline, effort))
+    jobs = _layer_jobs(searched, solver, seed, effort, began, time_budget_s, processes)
     layers = run_jobs(_solve_until, jobs, processes=processes, progress=progress)
     if shared:
         layers = [_of_layer(problem, layers[0]) for problem in problems]
@@ -233,6 +227,16 @@ def solve_trace(
         provenance=provenance,
     )
     return SolveResult(plan=plan, layers=tuple(layers), seconds=time.monotonic() - began)
+
+
+def _layer_jobs(
+    problems: list[LayerProblem], solver: str, seed: int, effort: float, began: float, time_budget_s: float, processes: int
+) -> list[tuple]:
+    """Arguments of `_solve_until` for each layer; the layers share the iterations, and the time."""
+    effort *= min(1.0, _FULL_LAYERS / len(problems))
+    turns = -(-len(problems) // processes)
+    deadlines = [began + time_budget_s * (layer // processes + 1) / turns for layer in range(len(problems))]
+    return [(problem, solver, [seed, layer], deadlines[layer], effort) for layer, problem in enumerate(problems)]
 
 
 def _solve_until(problem: LayerProblem, solver: str, seed: list[int], deadline: float, effort: float) -> LayerResult:
