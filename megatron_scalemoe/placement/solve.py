@@ -42,7 +42,7 @@ BASELINES = ("contiguous", "random", "greedy", "hierarchical", "genetic_paper")
 _WITHOUT_OUR_REPLICAS = ("contiguous", "random", "hierarchical")
 # Up to as many layers get the full number of iterations; of more layers each gets less, so that a plan takes about as long.
 _FULL_LAYERS = 2.5
-_REPLICA_TRIES = 6
+_REPLICA_TRIES = 5
 # Of the iterations, and of the time that may cut them, where replicas follow.
 _HOMES_SHARE = 0.4
 

@@ -159,7 +159,7 @@ def _checksum(piece: ShardedTensor, first: int, values_N: Tensor, start: int) ->
         end = min(begin + _CHUNK, high)
         words_C = words_N[begin - start : end - start].long()
         if len(axes) == 1:  # indices that follow each other: (2 i + 1) is 2 of the first one more than in odd_C
-            total += (words_C * odd_C[: end - begin]).sum() + 2 * (begin - first + axes[0][2]) * words_C.sum()
+            total += (words_C * odd_C[: end - begin]).sum() + 2 * (begin - first) * words_C.sum()
         else:
             index_C = _global_index(axes, torch.arange(begin - first, end - first, device=values_N.device))
             total += ((2 * index_C + 1) * words_C).sum()
@@ -172,7 +172,7 @@ def _global_index(axes: list[tuple[int, int, int]], local_C: Tensor) -> Tensor:
     for size, whole, offset in reversed(axes[1:]):
         index_C += (local_C % size + offset) * stride
         local_C, stride = local_C // size, stride * whole
-    return index_C + (local_C + axes[0][2]) * stride
+    return index_C + local_C * stride
 
 
 def _cut_axes(piece: ShardedTensor) -> list[tuple[int, int, int]]:

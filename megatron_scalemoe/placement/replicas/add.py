@@ -25,7 +25,7 @@ CASES, FEWEST_CASES = 12, 4
 DRAWS, FEWEST_DRAWS = 40, 6
 _SMALL = 64  # experts + replicas
 # Moves that are judged by their full cost, from each of two placements; far fewer for more experts.
-TRIALS = 200
+TRIALS = 300
 # Largest rank loads, relative to the mean, and parts of the replicas that are tried besides perfect balance and all replicas.
 _TARGETS = (1.01, 1.03, 1.06, 1.1, 1.2, 1.35, 1.6, 2.0, 3.0, 5.0)
 _PARTS = (0.75, 0.5, 0.25)
