@@ -9,7 +9,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if _uses_a_pool(item.module):
             item.add_marker(pytest.mark.ranks)
-    items.sort(key=lambda item: (item.get_closest_marker("ranks") is not None, item.path.parent.name != "ops"))
+    items.sort(key=lambda item: (item.get_closest_marker("ranks") is not None, "ops" not in item.path.parts))
 
 
 def _uses_a_pool(module) -> bool:

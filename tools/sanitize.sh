@@ -12,8 +12,8 @@ trap 'rm -rf "$DIRECTORY"' EXIT
     -fsanitize=address,undefined -fno-sanitize-recover=undefined -DSCALEMOE_SOURCE_HASH='"sanitized"' csrc/cpu/*.cpp \
     -o "$DIRECTORY/libscalemoe_cpu.so"
 # The CUDA kernels are another library.
-(($#)) || set -- tests/ops/test_shm.py tests/ops/test_shm_corruption.py tests/ops \
-    --ignore-glob='tests/ops/test_cuda*'
+(($#)) || set -- tests/ops/transports/test_shm.py tests/ops/transports/test_shm_corruption.py tests/ops \
+    --ignore-glob='tests/ops/transports/test_cuda*'
 library() { "$CXX" -print-file-name="$1"; }
 # Python and torch are not built with the sanitizers: theirs must be loaded first (with what throws exceptions, which it looks for), and what
 # Python keeps until its end is no leak of ours. Findings go straight to stderr, which pytest would otherwise lose with the process.

@@ -15,7 +15,7 @@ from task import Task
 
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.mcore.norm import with_sequence_parallel_norm
+from megatron_scalemoe.mcore.layers.norm import with_sequence_parallel_norm
 from megatron_scalemoe.mcore.specs import use_scalemoe
 from megatron_scalemoe.mcore.support import check_supported
 

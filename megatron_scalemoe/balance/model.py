@@ -32,7 +32,7 @@ class MoESizes:
 
 
 class Experts(Protocol):
-    """The experts that a rank computes: homes, stacked in two weights, and replicas. Described in `mcore/experts.py`."""
+    """The experts that a rank computes: homes, stacked in two weights, and replicas. Described in `mcore/layers/experts.py`."""
 
     fc1: torch.nn.Parameter
     fc2: torch.nn.Parameter

@@ -29,8 +29,8 @@ def _bench(args: argparse.Namespace) -> dict:
     from megatron_scalemoe.bench.measure import deduplicated_bytes, measure_dispatchers, same_bits
     from megatron_scalemoe.config import ScaleMoEConfig
     from megatron_scalemoe.dispatch.channels import DispatchSizes
+    from megatron_scalemoe.mcore.layers.token_dispatcher import peers_of
     from megatron_scalemoe.mcore.stock import expert_parallel_groups, make_dispatchers, one_layer_config
-    from megatron_scalemoe.mcore.token_dispatcher import peers_of
 
     ranks = dist.get_world_size()
     groups = expert_parallel_groups(ranks)

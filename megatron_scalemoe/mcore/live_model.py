@@ -19,9 +19,9 @@ from megatron_scalemoe.balance.migrate.state import Parameter
 from megatron_scalemoe.balance.model import LiveLayer, LiveModel, MoESizes
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.mcore import expert_state
-from megatron_scalemoe.mcore.experts import ScaleMoEGroupedMLP
-from megatron_scalemoe.mcore.moe_layer import ScaleMoELayer
+from megatron_scalemoe.mcore.layers import expert_state
+from megatron_scalemoe.mcore.layers.experts import ScaleMoEGroupedMLP
+from megatron_scalemoe.mcore.layers.moe_layer import ScaleMoELayer
 
 
 def live_balance(

@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.mcore.compat import check_megatron_core
-from megatron_scalemoe.mcore.experts import ScaleMoEGroupedMLP
-from megatron_scalemoe.mcore.moe_layer import ScaleMoELayer, ScaleMoERouter
+from megatron_scalemoe.mcore.layers.experts import ScaleMoEGroupedMLP
+from megatron_scalemoe.mcore.layers.moe_layer import ScaleMoELayer, ScaleMoERouter
 
 
 def use_scalemoe(

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scalemoe.config import TRANSPORTS, ScaleMoEConfig
-from megatron_scalemoe.mcore.token_dispatcher import ScaleMoETokenDispatcher
+from megatron_scalemoe.mcore.layers.token_dispatcher import ScaleMoETokenDispatcher
 
 
 def expert_parallel_groups(ranks: int) -> ProcessGroupCollection:

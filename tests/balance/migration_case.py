@@ -22,12 +22,12 @@ from megatron_scalemoe.balance.migrate import migration
 from megatron_scalemoe.balance.migrate import state as state_rows
 from megatron_scalemoe.balance.migrate.migration import migrate_homes
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.mcore import expert_state
 from megatron_scalemoe.mcore.checkpoint.optimizer import optimizer_parts
-from megatron_scalemoe.mcore.experts import ScaleMoEGroupedMLP
+from megatron_scalemoe.mcore.layers import expert_state
+from megatron_scalemoe.mcore.layers.experts import ScaleMoEGroupedMLP
 from megatron_scalemoe.mcore.live_model import megatron_groups
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
-from tests.mcore.experts_case import layer_training, save_checkpoint, stored_differences
+from tests.mcore.layers.experts_case import layer_training, save_checkpoint, stored_differences
 
 State = dict[tuple, torch.Tensor]  # (layer, logical expert, expert-tensor-parallel rank, parameter, tensor) -> flat values
 

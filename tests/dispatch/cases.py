@@ -19,7 +19,7 @@ from megatron_scalemoe.ops.transports.registry import register
 from megatron_scalemoe.ops.transports.shm import open_shm
 from megatron_scalemoe.plan.placement_plan import EMPTY
 from megatron_scalemoe.plan.split import split_tokens
-from tests.ops.reference import ReferenceTransport, moe_layer
+from tests.ops.transports.reference import ReferenceTransport, moe_layer
 from tests.rank_pool import COLLECTIVE_TIMEOUT_S, pool
 
 

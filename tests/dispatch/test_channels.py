@@ -16,7 +16,7 @@ from megatron_scalemoe.dispatch.channels import DispatchSizes, HostLayout, Peers
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.transports.cuda import Limits
 from megatron_scalemoe.ops.transports.registry import registered
-from tests.ops.reference import ReferenceTransport
+from tests.ops.transports.reference import ReferenceTransport
 from tests.rank_pool import COLLECTIVE_TIMEOUT_S, pool
 
 CALL = DispatchSizes(num_experts=8, max_experts_per_token=2, expert_tp_size=1, tokens=10, hidden=8, dtype=torch.bfloat16)

@@ -73,7 +73,7 @@ def layer_over_two_hosts(placed: bool) -> tuple[str, float]:
     from tests.mcore import megatron_case
 
     case = megatron_case.LayerCase(ep=4, scalemoe=ScaleMoEConfig(transport="shm"))
-    from megatron_scalemoe.mcore import token_dispatcher
+    from megatron_scalemoe.mcore.layers import token_dispatcher
     from tests.mcore.test_parity import _difference
 
     make_layer, made = megatron_case.make_layer, []

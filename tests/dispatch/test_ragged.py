@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.ragged import ragged_all_to_all
 from megatron_scalemoe.ops.wire import WireMeter
-from tests.ops import reference
+from tests.ops.transports import reference
 from tests.rank_pool import RankFailed, pool
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.transports.cuda_memory import open_cuda
 from tests.gpu.test_cuda_virtual_ranks import on_gpu, to_cpu
-from tests.ops.exchange_cases import Case, differing, expected_outputs, make_inputs, run_operations
+from tests.ops.transports.exchange_cases import Case, differing, expected_outputs, make_inputs, run_operations
 
 pytestmark = pytest.mark.skipif(int(os.environ.get("WORLD_SIZE", "1")) < 2, reason="for several ranks under torchrun")
 STRESS_STEPS = int(os.environ.get("SCALEMOE_GPU_STRESS_STEPS", "200"))  # 10000 for a release

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_scalemoe.ops.transports.cuda import CudaTransport, SymmetricBuffers
-from tests.ops.exchange_cases import Case, Inputs, Outputs, differing, expected_outputs, make_inputs
+from tests.ops.transports.exchange_cases import Case, Inputs, Outputs, differing, expected_outputs, make_inputs
 
 CASES = {
     "fp32": Case(ranks=4, top_k=4, num_local=4, tokens=(300, 200, 0, 77), columns=64),

@@ -20,7 +20,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scalemoe.config import ScaleMoEConfig
-from megatron_scalemoe.mcore.norm import with_sequence_parallel_norm
+from megatron_scalemoe.mcore.layers.norm import with_sequence_parallel_norm
 from megatron_scalemoe.mcore.specs import use_scalemoe
 
 VOCABULARY, SEQUENCE, GLOBAL_BATCH = 64, 16, 8

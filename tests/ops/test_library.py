@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from megatron_scalemoe.ops import library
 from megatron_scalemoe.ops.transports import registry as transport
-from tests.ops import reference
+from tests.ops.transports import reference
 
 EXPERTS = torch.tensor([[0, 2], [1, -1], [-1, -1], [2, 3], [0, 1]], dtype=torch.int32)
 NUM_LOCAL = 4

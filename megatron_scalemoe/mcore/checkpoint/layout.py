@@ -18,7 +18,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.mcore.checkpoint.optimizer import FULLY_RESHARDABLE
-from megatron_scalemoe.mcore.experts import ScaleMoEGroupedMLP
+from megatron_scalemoe.mcore.layers.experts import ScaleMoEGroupedMLP
 
 
 class ExpertOrder(enum.IntEnum):

@@ -115,7 +115,7 @@ def _repair_layers() -> None:
     except ImportError:  # its name before 0.19
         from megatron.core.ssm import mamba_block as hybrid_block
 
-    from megatron_scalemoe.mcore.norm import SequenceParallelNorm
+    from megatron_scalemoe.mcore.layers.norm import SequenceParallelNorm
 
     torch_norm.WrappedTorchNorm.__new__ = _norm_for_sequence_parallelism(torch_norm.WrappedTorchNorm.__new__, SequenceParallelNorm)
     if not HAVE_TE:

@@ -1,6 +1,6 @@
 """A job on a real SLURM on this machine: submitted, preempted in the middle, put back into the queue, and trained on with the same loss.
 
-SCALEMOE_TEST_SLURM=1 pytest tests/test_slurm.py      needs slurm-wlm and munge (tools/local_slurm.sh); takes about two minutes
+SCALEMOE_TEST_SLURM=1 pytest tests/tools/test_slurm.py      needs slurm-wlm and munge (tools/local_slurm.sh); takes about two minutes
 With MEGATRON_LM_PATH, the same with Megatron-LM's pretrain_gpt.py.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOCAL_SLURM = ROOT / "tools" / "local_slurm.sh"
 ITERATIONS = 60
 LOSS = re.compile(r"iteration +(\d+)/ .*lm loss: ([\d.E+-]+)")

@@ -14,8 +14,8 @@ import torch
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.transports.cuda import Limits
-from tests.ops.emulated import SOURCES, build_library, compile_object, interleaved, link, load_library, open_ranks
-from tests.ops.exchange_cases import Case, differing, expected_outputs, make_inputs, place_rows, run_operations
+from tests.ops.transports.emulated import SOURCES, build_library, compile_object, interleaved, link, load_library, open_ranks
+from tests.ops.transports.exchange_cases import Case, differing, expected_outputs, make_inputs, place_rows, run_operations
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")
 

@@ -16,7 +16,7 @@ def on_ranks(ranks: int, name: str, *args, **kwargs) -> list:
 
 
 def _call(name: str, args: tuple, kwargs: dict):
-    from tests.mcore import checkpoint_case
+    from tests.mcore.checkpoint import checkpoint_case
 
     return getattr(checkpoint_case, name)(*args, **kwargs)
 

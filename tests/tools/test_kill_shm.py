@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch", reason="the transport needs the train extra")
 from megatron_scalemoe.ops import native
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 import kill_shm
 
 KILLED = kill_shm.Kill(ranks=3, victim=1, signal=signal.SIGKILL, when_ready=True, delay_s=0.0, seed=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_scalemoe.balance.migrate.state import Parameter
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.mcore.checkpoint.optimizer import check_optimizer, optimizer_parts
-from megatron_scalemoe.mcore.experts import ScaleMoEGroupedMLP
+from megatron_scalemoe.mcore.layers.experts import ScaleMoEGroupedMLP
 
 _UNSUPPORTED = ("use_precision_aware_optimizer", "optimizer_cpu_offload", "overlap_param_gather_with_optimizer_step")
 

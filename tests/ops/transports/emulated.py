@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_scalemoe.ops.transports.cuda import CudaTransport, Limits, SymmetricBuffers
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+SOURCES = Path(__file__).resolve().parents[3] / "csrc"
 FLAGS = ("-O1", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 CPU = torch.device("cpu")
 

@@ -23,7 +23,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint  # noqa: F401
-from megatron_scalemoe.mcore.experts import ScaleMoEGroupedMLP
+from megatron_scalemoe.mcore.layers.experts import ScaleMoEGroupedMLP
 
 GROUPED = ScaleMoEConfig(experts="grouped")
 

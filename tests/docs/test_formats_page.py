@@ -16,7 +16,7 @@ from megatron_scalemoe.topology.topology_file import load_topology
 from megatron_scalemoe.traffic.trace import load_trace
 from tests.simulate.test_engine import SUMMARY_KEYS
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 # Of each kind of result, the keys that scripts may rely on.
 PLAN_KEYS = "solver cost_us lower_bound_us gap max_over_mean bytes_scale_out seconds"

@@ -9,7 +9,7 @@ import pytest
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
 
 pytest.importorskip("torch", reason="kill_hooks.py needs the train extra")
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 import kill_checks as checks
 import kill_hooks as hooks
 

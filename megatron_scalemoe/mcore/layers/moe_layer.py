@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scalemoe.config import ScaleMoEConfig
+from megatron_scalemoe.mcore.layers.token_dispatcher import ScaleMoETokenDispatcher
 from megatron_scalemoe.mcore.support import check_supported
-from megatron_scalemoe.mcore.token_dispatcher import ScaleMoETokenDispatcher
 
 
 class ScaleMoELayer(MoELayer):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_scalemoe.ops.transports import cuda
-from tests.ops.emulated import SOURCES
+from tests.ops.transports.emulated import SOURCES
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[3] / "tools"))
 import cuda_resources as resources
 
 NVCC = resources.find_nvcc()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops import native
 from megatron_scalemoe.ops.transports import shm, shm_memory
-from tests.ops.test_shm import error_of
+from tests.ops.transports.test_shm import error_of
 from tests.rank_pool import pool
 
 pytestmark = pytest.mark.skipif(native.cpu() is None, reason=str(native.why_not("cpu")))

@@ -22,7 +22,7 @@ EXPERT_TP = {"tp": 2, "ep": 2, "expert_tp": 2}
 
 def result_differences(case_values: dict) -> dict[str, float]:
     """On a rank: largest difference of each tensor between SequentialMLP and ours, relative to the largest value."""
-    from tests.mcore.experts_case import LayerCase, make_experts, run_experts
+    from tests.mcore.layers.experts_case import LayerCase, make_experts, run_experts
 
     case, differences = LayerCase(**case_values), {}
     for title, counts in COUNTS.items():
@@ -55,7 +55,7 @@ def test_results_with_expert_tensor_parallel():
 
 
 def gradient_of_a_sum() -> bool:
-    from tests.mcore.experts_case import LayerCase, make_experts
+    from tests.mcore.layers.experts_case import LayerCase, make_experts
 
     experts = make_experts(LayerCase(), "grouped")
     y, _ = experts(torch.ones(3, 16), torch.tensor([1, 0, 2, 0]), torch.ones(3))
@@ -69,7 +69,7 @@ def test_an_expanded_gradient_is_accepted():
 
 def starts_alike(case_values: dict) -> bool:
     """Same weights, same marks on the parameters, and the random generators left in the same state."""
-    from tests.mcore.experts_case import LayerCase, get_cuda_rng_tracker, make_experts, stacked
+    from tests.mcore.layers.experts_case import LayerCase, get_cuda_rng_tracker, make_experts, stacked
 
     case, starts = LayerCase(**case_values), []
     for kind in ("sequential", "grouped"):
@@ -95,7 +95,7 @@ def test_initial_weights(on_cpu, dtype):
 
 def same_checkpoint_entries(options: tuple, singleton: bool, sharded_offsets: tuple) -> int:
     """Compares every sharded tensor and object that both modules describe; how many there are."""
-    from tests.mcore.experts_case import LayerCase, make_experts, sharded_entries
+    from tests.mcore.layers.experts_case import LayerCase, make_experts, sharded_entries
 
     case, metadata = LayerCase(**EXPERT_TP, options=options), {"singleton_local_shards": singleton}
     sequential, grouped = (sharded_entries(make_experts(case, kind), sharded_offsets, metadata) for kind in ("sequential", "grouped"))
@@ -122,7 +122,7 @@ OPTIMIZERS = {
 
 def train_save_and_load(directory: str, saver: dict, readers: list[dict]) -> list[dict]:
     """Trains a layer, saves it, and continues both that run and each reader's; losses, and whether readers save the same checkpoint."""
-    from tests.mcore.experts_case import layer_training, load_checkpoint, save_checkpoint, stored_differences
+    from tests.mcore.layers.experts_case import layer_training, load_checkpoint, save_checkpoint, stored_differences
 
     training = layer_training(**saver)
     training.losses(2)
@@ -155,7 +155,7 @@ def test_checkpoint_moves_between_expert_parallel_sizes():
 
 
 def training_losses(layout: dict) -> list[list[float]]:
-    from tests.mcore.experts_case import layer_training
+    from tests.mcore.layers.experts_case import layer_training
 
     return [layer_training(**layout, grouped=grouped).losses(4) for grouped in (False, True)]
 

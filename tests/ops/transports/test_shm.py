@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops import native
 from megatron_scalemoe.ops.transports import shm, shm_memory
-from tests.ops.exchange_cases import Case, differing, expected_outputs, make_inputs, run_operations
+from tests.ops.transports.exchange_cases import Case, differing, expected_outputs, make_inputs, run_operations
 from tests.rank_pool import pool
 
 pytestmark = pytest.mark.skipif(native.cpu() is None, reason=str(native.why_not("cpu")))

@@ -41,7 +41,7 @@ def test_forced_skew():
 
 def zipf_shares(exponent: float) -> tuple[list[float], bool]:
     """How often each of four experts is first, and whether the gradient passes."""
-    from megatron_scalemoe.mcore.moe_layer import zipf_logits
+    from megatron_scalemoe.mcore.layers.moe_layer import zipf_logits
 
     torch.manual_seed(0)
     logits = torch.zeros(40_000, 4, requires_grad=True)

@@ -12,9 +12,9 @@ from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops import library as ops
 from megatron_scalemoe.ops.transports.cuda import CudaTransport, SymmetricBuffers
 from megatron_scalemoe.ops.transports.registry import register, unregister
-from tests.ops.emulated import CPU, build_library, load_library
-from tests.ops.exchange_cases import Case, differing, expected_outputs, make_inputs, run_operations
-from tests.ops.reference import ReferenceTransport
+from tests.ops.transports.emulated import CPU, build_library, load_library
+from tests.ops.transports.exchange_cases import Case, differing, expected_outputs, make_inputs, run_operations
+from tests.ops.transports.reference import ReferenceTransport
 from tests.rank_pool import pool
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")

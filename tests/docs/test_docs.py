@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tests.docs_pages import PAGES, ROOT, TABLE, Row, fenced_commands, inline_commands, table_rows
+from tests.docs.docs_pages import PAGES, ROOT, TABLE, Row, fenced_commands, inline_commands, table_rows
 
 
 def row_of(command: str, rows: list[Row]) -> Row | None:
@@ -33,4 +33,4 @@ def test_every_command_has_a_row_and_every_row_its_test():
     assert not [command for command, row in used.items() if row is None]
     assert not [row.command for row in rows if row not in used.values()], "rows that fit no command any more"
     assert not {row.command: found for row in rows if (found := faults(row))}
-    assert faults(Row("squeue", "`tests/test_slurm.py::test_nothing`", "")), "this test can fail"
+    assert faults(Row("squeue", "`tests/tools/test_slurm.py::test_nothing`", "")), "this test can fail"

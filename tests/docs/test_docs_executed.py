@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cli.test_flags import JOB
-from tests.docs_pages import FENCE, ROOT, fenced_commands, is_output, shown_runs, without_measured
-from tests.test_formats_page import blocks
+from tests.docs.docs_pages import FENCE, ROOT, fenced_commands, is_output, shown_runs, without_measured
+from tests.docs.test_formats_page import blocks
 
 SAMPLES = ROOT / "tests" / "topology" / "discover" / "samples"
 MEASURED = re.compile(r"scalemoe (plan|simulate|compare|diff|report|topology measure) ")

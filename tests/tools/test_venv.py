@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FAKE_PYTHON = """#!/bin/bash
 if [[ "$1 $2" == "-m pip" ]]; then
     echo "$@" >> "{log}"
