@@ -8,10 +8,14 @@ import re
 import subprocess
 from pathlib import Path
 
+import megatron_scalemoe
 from megatron_scalemoe.version import __version__
 
 # The tested releases, each with its later patches, as in pyproject.toml's `train` extra. The first is for every supported Python.
 MEGATRON_CORE_RELEASES = ("0.16.1", "0.19.0")
+
+# Where processes of ours start: `python -m` looks for modules in its working directory first, and the user's may hold any `networkx.py`.
+PACKAGE_PARENT = Path(megatron_scalemoe.__file__).resolve().parent.parent
 
 
 def installed_version(*distributions: str) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from arguments import parse_args
 
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.faults.orphans import end_with_launcher
 from megatron_scalemoe.mcore import cpu_ranks
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 def pretrain(load_task: Callable[[], Task]) -> int:
     """Train by the command line's flags; returns the exit status. load_task imports megatron.core, so it is called late."""
+    end_with_launcher()
     try:
         args = parse_args()
         choose_device(args.device)

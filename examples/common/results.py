@@ -6,11 +6,15 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megatron_scalemoe.balance.live import LiveBalance
+from megatron_scalemoe.balance.metrics import LayerFigures
+from megatron_scalemoe.balance.writers import write_events, write_figures
 from megatron_scalemoe.environment import describe_environment
 
 
@@ -23,6 +27,7 @@ class RunLog:
         self.is_first_rank = torch.distributed.get_rank() == 0
         self.history: list[dict] = []
         self.events: list[dict] = []  # of live balance
+        self.events_written = 0
         self.interval_start = time.perf_counter()
         self.writer = self.bar = None
         if self.is_first_rank:
@@ -76,8 +81,31 @@ class RunLog:
         self.interval_start = time.perf_counter()
 
     def add_scalars(self, iteration: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, iteration)
+        def write(writer: SummaryWriter) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, iteration)
+
+        self._write(write)
+
+    def add_layers(self, iteration: int, live: LiveBalance, figures: list[LayerFigures]) -> None:
+        """What Megatron-LM's scripts write with ScaleMoE, under the same names."""
+
+        def write(writer: SummaryWriter) -> None:
+            write_figures(writer, None, figures, iteration, per_layer=False)
+            write_events(writer, None, live.events_since(self.events_written), iteration)
+
+        self._write(write)
+        self.events_written = live.num_events
+
+    def _write(self, write: Callable[[SummaryWriter], None]) -> None:
+        """To TensorBoard's file, on rank 0; a full disk under it must not end the training."""
+        if self.writer is None:
+            return
+        try:
+            write(self.writer)
+        except OSError as error:  # of the thread that writes
+            self.say(f" TensorBoard's file cannot be written, training goes on without it: {error}")
+            self.writer = None
 
     def say(self, text: str) -> None:
         if self.is_first_rank:
@@ -101,7 +129,7 @@ class RunLog:
         self.write_json("train.json", {"history": self.history, "events": self.events})
         if self.is_first_rank:
             self.bar.close()
-            self.writer.close()
+        self._write(SummaryWriter.close)
 
 
 def _megatron_line(args, record: dict, moe_losses: dict[str, float], elapsed_s: float, skipped: int) -> str:

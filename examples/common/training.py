@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import math
 import os
 import pathlib
 import statistics
@@ -137,13 +138,18 @@ def train_loop(args, training: Training, live: LiveBalance | None, data: Data, l
         if live is not None:
             live.step_done(iteration)
             log_layers(args, for_table, iteration, log)
+        check_finite(loss, grad_norm, updated, iteration)
         losses.append(loss)
         skipped += not updated
         last = iteration == args.train_iters
         if iteration % args.log_interval == 0 or last:
             lr = training.optimizer.param_groups[0]["lr"]
             moe = mean_aux_losses(training.config, len(losses) * data.shape.num_micro_batches) if args.num_experts else {}
-            load = statistics.mean(layer.max_over_mean for layer in for_log.gather()) if for_log is not None else None
+            load = None
+            if for_log is not None:
+                figures = for_log.gather()
+                load = statistics.mean(layer.max_over_mean for layer in figures)
+                log.add_layers(iteration, live, figures)
             log.log_interval(iteration, losses, grad_norm, lr, moe, load, skipped)
             losses = []
         if iteration % args.eval_interval == 0 or last:
@@ -154,7 +160,14 @@ def train_loop(args, training: Training, live: LiveBalance | None, data: Data, l
             log.restart_clock()
     if live is not None:
         live.close()
-        log.events = live.events
+        log.events = list(live.events)
+
+
+def check_finite(loss: float, grad_norm: float, updated: bool, iteration: int) -> None:
+    """As Megatron's `--check-for-nan-in-loss-and-grad`: raises on every rank, before a checkpoint of such a model becomes the latest."""
+    if not math.isfinite(loss) or (updated and not math.isfinite(grad_norm)):
+        found = f"loss {loss}, gradient norm {grad_norm} in iteration {iteration}"
+        raise ScaleMoEError("loss and gradients must be finite", found=found, try_="a lower --lr, from the last checkpoint")
 
 
 def log_layers(args: argparse.Namespace, meter: LayerMeter, iteration: int, log: RunLog) -> None:

@@ -7,6 +7,7 @@ at the same step boundary, check that they have the same one, move homes if it s
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,23 +19,26 @@ from megatron_scalemoe.balance.migrate.migration import migrate_homes
 from megatron_scalemoe.balance.model import LiveModel
 from megatron_scalemoe.balance.node_order import check_node_order
 from megatron_scalemoe.balance.planner import StagePlanner
-from megatron_scalemoe.balance.recorder import RoutingRecorder, TraceFile
+from megatron_scalemoe.balance.recorder import RoutingRecorder, TraceFile, joined
 from megatron_scalemoe.balance.sequences.learned_placement import LearnedPlacement
 from megatron_scalemoe.balance.writers import event_text
 from megatron_scalemoe.config import DEFAULT_REPLAN_INTERVAL, ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.replan.replan import Replan
 from megatron_scalemoe.plan.placement_plan import PlacementPlan, format_plan
+from megatron_scalemoe.traffic.trace import RoutingTrace
 
 PLAN_FILE = "scalemoe_plan.json"
+_MOST_EVENTS = 1000
 
 
 class LiveBalance:
     """Owns the plan of this pipeline stage, the planner's process and the record of the routing. `mcore.live_model.live_balance` makes it.
 
     All ranks make it after the model and its optimizer, before the first step; call `step_done` after every optimizer step and `close` at
-    the end. `say` gets the log lines, on the first rank of the stage. model: with the layers of this rank. steps: done so far. events: what
-    was said, as dictionaries for a JSON file. sequences: with `--scalemoe-sequence-placement`, what the data loader has to ask.
+    the end. `say` gets the log lines, on the first rank of the stage. model: with the layers of this rank. steps: done so far. events: the
+    latest that were said, of `num_events`, as dictionaries for a JSON file. sequences: with `--scalemoe-sequence-placement`, what the data
+    loader has to ask.
     """
 
     def __init__(
@@ -48,13 +52,15 @@ class LiveBalance:
     ):
         self.model, self._scalemoe, self._micro_batches, self._say = model, scalemoe, micro_batches, say
         self.layers, self._groups = model.layers, model.groups
-        self.steps, self.events = 0, []
+        self.steps = self.num_events = 0
+        self.events: collections.deque[dict] = collections.deque(maxlen=_MOST_EVENTS)
         self.plan: PlacementPlan | None = None
         self._planner: StagePlanner | None = None
         self._iteration: int | None = None
         self._unpaid_us = self._saving_us = 0.0
         self._rows = [live.row for live in self.layers]
         self._recorder = RoutingRecorder([live.layer.router for live in self.layers], self._groups, model.sizes, micro_batches)
+        self._unplanned: RoutingTrace | None = None  # recorded while the planner works on an earlier trace
         self._trace_file: TraceFile | None = None
         if scalemoe.trace_path:
             self._trace_file = TraceFile(scalemoe.trace_path, self._rows, self._num_rows, self._groups)
@@ -145,11 +151,15 @@ class LiveBalance:
         self._meter.add_exposed(time.perf_counter() - began)
 
     def replan_now(self, iteration: int) -> None:
-        """Ask for a plan from the counts recorded so far, wait for it and put it in force. Collective; for tests and impatient users."""
+        """Ask for a plan from the counts recorded so far, wait for it and put it in force; nothing happens where none were. Collective; for
+        tests and impatient users. Raises `ScaleMoEError` without a planner."""
+        if self.layers and self._planner is None:
+            raise ScaleMoEError("replan_now needs a planner", found="no replans", try_="--scalemoe-replan-interval")
         self._recorder.mark(iteration)
         self._end_interval(iteration)
-        self._planner.wait()
-        self._take_plan(iteration)
+        if self._planner is not None and self._planner.busy:
+            self._planner.wait()
+            self._take_plan(iteration)
 
     def checkpoint_files(self) -> dict[str, str]:
         """Names and contents of the files that belong beside a checkpoint: the plan, if experts are placed. Collective.
@@ -157,6 +167,11 @@ class LiveBalance:
         None are needed to load the checkpoint: its expert tensors are in logical order.
         """
         return {PLAN_FILE: format_plan(self._whole_plan())} if self._places else {}
+
+    def events_since(self, number: int) -> list[dict]:
+        """Those that were said after the first `number`, as far as they are kept."""
+        new = min(self.num_events - number, len(self.events))
+        return list(self.events)[len(self.events) - new :]
 
     def resume(self, checkpoint: Path) -> None:
         """Call after loading this checkpoint: goes on with the plan that was in force when it was saved, if it fits. Collective."""
@@ -173,10 +188,10 @@ class LiveBalance:
 
     def close(self) -> None:
         """End the planner's process and write what was recorded."""
-        if self._trace_file is not None:
-            self._trace_file.add(self._recorder.gather())
         if self._planner is not None:
             self._planner.close()
+        if self._trace_file is not None:
+            self._add_to_file(self._recorder.gather())
 
     def _whole_plan(self) -> PlacementPlan:
         """Of all pipeline stages. Collective over pipeline ranks."""
@@ -187,15 +202,32 @@ class LiveBalance:
     def _end_interval(self, iteration: int) -> None:
         """Tell how the last interval went, and ask for the next plan."""
         of_sequences = self.sequences.update(self._whole_plan()) if self.sequences is not None else {}
-        if self.layers:
+        if self.layers and self._meter.steps:
             event = self._meter.gather(iteration) | of_sequences
             self._tell(event)
             self._unpaid_us = max(0.0, self._unpaid_us - event["steps"] * self._saving_us)
         trace = self._recorder.gather()
         if self._trace_file is not None:
-            self._trace_file.add(trace)
-        if trace is not None and self._planner is not None and not self._planner.busy:
+            self._add_to_file(trace)
+        if trace is None or self._planner is None:
+            return
+        trace = joined(self._unplanned, trace)
+        if self._planner.busy:
+            self._unplanned = trace
+            self._tell_of_waiting(iteration)
+        else:
+            self._unplanned = None
             self._planner.ask(iteration, trace, self.plan, self._unpaid_us)
+
+    def _tell_of_waiting(self, iteration: int) -> None:
+        """After 2, 4, 8, ... intervals: the planner may have been stopped."""
+        intervals = (iteration - self._planner.asked_at) // self._interval
+        if intervals >= 2 and intervals & (intervals - 1) == 0:
+            self._tell({"event": "planner busy", "iteration": iteration, "asked_at": self._planner.asked_at})
+
+    def _add_to_file(self, trace: RoutingTrace | None) -> None:
+        if problem := self._trace_file.add(trace):
+            self._tell({"event": "trace not written", "reason": problem})
 
     def _take_plan(self, iteration: int) -> None:
         """Put the plan in force that the planner has made, if it has."""
@@ -226,6 +258,7 @@ class LiveBalance:
 
     def _tell(self, event: dict) -> None:
         self.events.append(event)
+        self.num_events += 1
         if self._groups.stage.rank() == 0:
             self._say(event_text(event))
 

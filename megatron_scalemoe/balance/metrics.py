@@ -32,6 +32,11 @@ class StepMeter:
         self._layers, self._groups = layers, groups
         self._clear()
 
+    @property
+    def steps(self) -> int:
+        """Ended since the last `gather`."""
+        return len(self._rows_SL)
+
     def end_step(self) -> None:
         """Call at the end of each step."""
         now = time.perf_counter()
@@ -50,8 +55,8 @@ class StepMeter:
 
     def gather(self, iteration: int) -> dict:
         """Since the last call: steps, their median time, the largest over mean rank load of each step (mean over steps and layers, and its
-        95th percentile), and mean times per step. Largest of all ranks for times. Collective over the pipeline stage."""
-        steps = len(self._rows_SL)
+        95th percentile), and mean times per step. Largest of all ranks for times. Collective over the pipeline stage; not after no step."""
+        steps = self.steps
         balance_SL = _max_over_mean(self._load(torch.tensor(list(self._rows_SL)).view(steps, len(self._layers))))
         replica_s = self._replica_s() - self._replica_before_s
         times = [statistics.median(self._step_s) if self._step_s else 0.0, replica_s / steps, self._exposed_s / steps]

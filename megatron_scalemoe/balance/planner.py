@@ -16,6 +16,8 @@ from megatron_scalemoe.traffic.trace import RoutingTrace
 
 # Of the planner, for all layers of a stage.
 PLANNING_S = 2.0
+# Iterations between two looks for an answer, which is a broadcast, once the first have passed.
+_LOOK_EVERY = 8
 _WAITING, _FAILED, _READY = range(3)
 
 
@@ -25,16 +27,17 @@ class StagePlanner:
     def __init__(self, stage: dist.ProcessGroup, ports: Ports, cost: CostModel, *, migrate: bool):
         self._stage, self._ports, self._cost, self._migrate = stage, ports, cost, migrate
         self._beside = BackgroundPlanner() if stage.rank() == 0 else None
-        self._asked_at: int | None = None
+        self.asked_at: int | None = None  # iteration of the question that is open
+        self._failure = ""  # why no answer will come; on the first rank
 
     @property
     def busy(self) -> bool:
         """Whether a plan was asked for and not yet taken."""
-        return self._asked_at is not None
+        return self.asked_at is not None
 
     def ask(self, iteration: int, trace: RoutingTrace, old: PlacementPlan, unpaid_us: float) -> None:
-        """Ask for the plan to follow `old`. unpaid_us: of earlier migrations, what they have not saved yet."""
-        self._asked_at = iteration
+        """Ask for the plan to follow `old`. unpaid_us: of earlier migrations, what they have not saved yet. Never raises: `take` does."""
+        self.asked_at = iteration
         if self._beside is None:
             return
         options = ReplanOptions(
@@ -45,39 +48,51 @@ class StagePlanner:
             policy=ReplanPolicy(),
             unpaid_us=unpaid_us,
         )
-        self._beside.submit(trace, old, self._ports, self._cost, options)
+        try:
+            self._beside.submit(trace, old, self._ports, self._cost, options)
+        except (ScaleMoEError, OSError) as error:  # a full disk, no process to be had
+            self._beside.close()
+            self._failure = f"its planner could not be started: {error}"
 
     def is_due(self, iteration: int) -> bool:
-        """Whether to look for an answer now: 1, 2, 4, 8, ... iterations after the question, so that looking costs little."""
-        if self._asked_at is None:
+        """Whether to look for an answer now: 1, 2, 4, 8, 16, 24, ... iterations after the question."""
+        if self.asked_at is None:
             return False
-        waited = iteration - self._asked_at
-        return waited > 0 and waited & (waited - 1) == 0
+        waited = iteration - self.asked_at
+        return waited in (1, 2, 4) or (waited > 0 and waited % _LOOK_EVERY == 0)
 
     def wait(self) -> None:
-        """Until there is an answer to take."""
+        """Until there is an answer to take, or none will come."""
         if self._beside is not None:
-            self._beside.wait(timeout_s=10 * PLANNING_S)
+            try:
+                self._beside.wait(timeout_s=10 * PLANNING_S)
+            except ScaleMoEError as error:
+                self._failure = str(error)
 
     def take(self) -> Replan | None:
         """The answer, once; None while there is none. Raises `ScaleMoEError` on all ranks if the planner failed."""
-        replan, state, why = None, _WAITING, ""
-        if self._beside is not None:
-            try:
-                replan = self._beside.poll()
-                state = _WAITING if replan is None else _READY
-            except ScaleMoEError as error:
-                state, why = _FAILED, str(error)
+        replan = self._poll()
+        state = _FAILED if self._failure else _WAITING if replan is None else _READY
         shared = torch.tensor([state], device=torch.cuda.current_device())
         dist.broadcast(shared, group_src=0, group=self._stage)
         if int(shared) == _WAITING:
             return None
-        self._asked_at = None
-        answer = [replan, why]
+        self.asked_at = None
+        answer = [replan, self._failure]
+        self._failure = ""
         dist.broadcast_object_list(answer, group_src=0, group=self._stage)
         if int(shared) == _FAILED:
             raise ScaleMoEError(answer[1])
         return answer[0]
+
+    def _poll(self) -> Replan | None:
+        if self._beside is None or self._failure:
+            return None
+        try:
+            return self._beside.poll()
+        except (ScaleMoEError, OSError) as error:
+            self._failure = str(error)
+            return None
 
     def close(self) -> None:
         """End the planner's process."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_scalemoe.balance.groups import Groups
 from megatron_scalemoe.balance.model import MoESizes, Router
+from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.traffic.trace import RoutingTrace, save_trace
 
 TRACE_FILE, _MOST_RECORDED = "routing.npz", 1000
@@ -46,18 +47,18 @@ class RoutingRecorder:
 
         Rows of the trace are positions in the expert-parallel group; several such groups are averaged.
         """
-        if not self._windows or not self._routers:
+        windows, self._windows = self._windows, []
+        if not windows or not self._routers:
             return None
         ep, stage = self._groups.ep, self._groups.stage
-        windows_SLE = torch.stack([torch.stack(counts) for _, _, counts in self._windows])
+        windows_SLE = torch.stack([torch.stack(counts) for _, _, counts in windows])
         counts_SLGE = windows_SLE.new_zeros(*windows_SLE.shape[:2], ep.size(), windows_SLE.shape[2])
         counts_SLGE[:, :, ep.rank()] = windows_SLE
         dist.all_reduce(counts_SLGE, group=stage)
         ep_groups = stage.size() // ep.size() // self._groups.expert_tp.size()
-        parts_S = np.array([length for _, length, _ in self._windows]) * self._micro_batches * ep_groups
+        parts_S = np.array([length for _, length, _ in windows]) * self._micro_batches * ep_groups
         counts = np.rint(counts_SLGE.cpu().numpy() / parts_S[:, None, None, None]).astype(np.int32)
-        iterations = [iteration for iteration, _, _ in self._windows]
-        self._windows = []
+        iterations = [iteration for iteration, _, _ in windows]
         return RoutingTrace(counts, None, {**self._meta, "iterations": iterations})
 
     def _counted(self) -> list[torch.Tensor]:
@@ -75,15 +76,22 @@ class TraceFile:
         self._path, self._rows, self._num_rows, self._groups = Path(directory) / TRACE_FILE, list(rows), num_rows, groups
         self._steps: RoutingTrace | None = None
 
-    def add(self, part: RoutingTrace | None) -> None:
-        """Add what this stage has recorded, None if nothing, and let the first rank write the file anew. Collective over pipeline ranks."""
+    def add(self, part: RoutingTrace | None) -> str:
+        """Add what this stage has recorded, None if nothing, and let the first rank write the file anew. Collective over pipeline ranks.
+
+        Why the file could not be written, on that rank; "" if it was.
+        """
         whole = self._of_all_stages(part)
         if whole is None:
-            return
-        self._steps = _joined(self._steps, whole)
+            return ""
+        self._steps = joined(self._steps, whole)
         if self._groups.world.rank() == 0:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            save_trace(self._steps, self._path, force=True)
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                save_trace(self._steps, self._path, force=True)
+            except (ScaleMoEError, OSError) as error:
+                return str(error)
+        return ""
 
     def _of_all_stages(self, part: RoutingTrace | None) -> RoutingTrace | None:
         """None if no stage has recorded anything; stages without MoE layers never do."""
@@ -99,7 +107,7 @@ class TraceFile:
         return RoutingTrace(counts, None, some.meta)
 
 
-def _joined(earlier: RoutingTrace | None, later: RoutingTrace) -> RoutingTrace:
+def joined(earlier: RoutingTrace | None, later: RoutingTrace) -> RoutingTrace:
     """Both one after the other, the latest steps of them."""
     if earlier is None:
         return later

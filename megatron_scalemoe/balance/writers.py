@@ -120,6 +120,8 @@ _TEXTS = {
     "interval": _interval,
     "replan": _replan,
     "planner failed": lambda event: f"iteration {event['iteration']}: no new plan, the old one stays: {event['reason']}",
+    "planner busy": lambda event: f"iteration {event['iteration']}: the planner still works on the question of {event['asked_at']}",
+    "trace not written": lambda event: f"the recorded routing could not be written, training goes on: {event['reason']}",
     "plan not resumed": lambda event: f"the checkpoint's plan is not resumed: {event['reason']}",
     "no plan to resume": lambda _: "no plan was saved with the checkpoint: experts stay where they are",
     "migration failed": lambda event: f"no expert has moved, the old plan stays: {event['reason']}",

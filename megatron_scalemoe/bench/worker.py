@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_scalemoe.faults.orphans import end_with_launcher
+
 
 def run_worker(measure: Callable[[], dict], result_file: Path, timeout_s: float) -> None:
     """Joins the ranks (NCCL where there are GPUs, gloo otherwise), measures, and writes the result of rank 0 as JSON."""
+    end_with_launcher()
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

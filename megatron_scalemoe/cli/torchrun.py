@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_scalemoe.environment import usable_cores
+from megatron_scalemoe.environment import PACKAGE_PARENT, usable_cores
 from megatron_scalemoe.errors import ScaleMoEError
 
 # After SIGTERM torchrun passes the signal on to its ranks; this is how long they get before SIGKILL.
@@ -27,7 +27,8 @@ def result_of_ranks(module: str, arguments: list[str], *, ranks: int, timeout: f
 
 
 def run_ranks(module: str, arguments: list[str], *, ranks: int, timeout: float, quiet: bool) -> None:
-    """Runs `python -m module arguments` on `ranks` ranks. Raises `ScaleMoEError` if they fail or take longer than `timeout` seconds.
+    """Runs `python -m module arguments` on `ranks` ranks; paths in `arguments` are absolute. Raises `ScaleMoEError` if they fail or take
+    longer than `timeout` seconds.
 
     The ranks' output goes to stderr; with `quiet` only the end of it, and only after a failure.
     """
@@ -38,6 +39,7 @@ def run_ranks(module: str, arguments: list[str], *, ranks: int, timeout: float, 
         process = subprocess.Popen(
             command,
             env=environment,
+            cwd=PACKAGE_PARENT,
             stdin=subprocess.DEVNULL,
             stdout=log if quiet else sys.stderr,
             stderr=subprocess.STDOUT,

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.faults.agreement import rank_text
 from megatron_scalemoe.faults.roll_call import POLL_S, Lost, RollCall
+from megatron_scalemoe.ops.ragged import is_communication_failure
 
 ANSWER_S = 5.0  # how long ranks have to answer
 EXIT_S = 5.0  # how long a rank may stay blocked when one is known to be lost; the others' exits should wake it
@@ -172,7 +173,7 @@ class _Watch:
 def _communication_failure(error: BaseException | None) -> BaseException | None:
     """The backend's error that this exception is, or comes from; None for any other exception."""
     while error is not None:
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
+        if is_communication_failure(error):
             return error
         error = error.__cause__
     return None

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_scalemoe.environment import installed_version
+from megatron_scalemoe.environment import PACKAGE_PARENT, installed_version
 from megatron_scalemoe.job.job_file import Job, Value, flag_of
 from megatron_scalemoe.job.sections import PROGRAMS, SECTIONS
 
@@ -56,9 +56,10 @@ def why_unchecked(job: Job) -> str | None:
         return f"no Megatron-LM here in cluster.megatron_lm_path ({checkout})"
     if installed_version("torch") is None:
         return "torch is not installed here"
-    command = [sys.executable, "-m", "megatron_scalemoe.mcore.scripts.flag_check", checkout]
+    command = [sys.executable, "-m", "megatron_scalemoe.mcore.scripts.flag_check", str(Path(checkout).absolute())]
+    options = {"cwd": PACKAGE_PARENT, "capture_output": True, "text": True, "timeout": _PARSER_TIMEOUT_S}
     try:
-        asked = subprocess.run(command, input=json.dumps(flag_words(job)), capture_output=True, text=True, timeout=_PARSER_TIMEOUT_S)
+        asked = subprocess.run(command, input=json.dumps(flag_words(job)), **options)
     except subprocess.TimeoutExpired:
         return f"its parser did not answer within {_PARSER_TIMEOUT_S} s"
     if asked.returncode != 0:

@@ -91,16 +91,26 @@ def start_count_exchange(counts_GC: Tensor, group: dist.ProcessGroup) -> Pending
 
 @contextlib.contextmanager
 def naming_failure(what: str, group: dist.ProcessGroup):
-    """Turn a backend's error inside a collective into a `ScaleMoEError` that says which collective, rank and peers."""
+    """Turn a collective's loss of its peers into a `ScaleMoEError` that says which collective, rank and peers.
+
+    What this rank itself did wrong (memory, shapes, dtypes) passes unchanged.
+    """
     try:
         yield
     except RuntimeError as error:
+        if not is_communication_failure(error):
+            raise
         ranks = dist.get_process_group_ranks(group)
         raise ScaleMoEError(
             f"{what} failed on rank {dist.get_rank()}: another rank of the group {ranks} died, hung or left the step",
             found=str(error).splitlines()[0],
             try_="look for the first error in the other ranks' logs; the job has to be restarted from its last checkpoint",
         ) from error
+
+
+def is_communication_failure(error: BaseException) -> bool:
+    """Whether a process group's backend lost a peer, or waited for one in vain."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
 def gather_objects(value: object, group: dist.ProcessGroup) -> list:

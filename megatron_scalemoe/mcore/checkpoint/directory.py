@@ -7,19 +7,22 @@ it on one rank.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemReader
-
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.files import read_bytes, read_document, write_atomically
+from megatron_scalemoe.mcore.checkpoint.metadata import read_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_SAVING = ".saving_"
+# No run has more iterations than this many digits can number.
+_MOST_DIGITS = 15
 
 
 def iteration_path(directory: Path, iteration: int) -> Path:
@@ -32,8 +35,8 @@ def latest_iteration(directory: Path) -> int | None:
     tracker = directory / TRACKER
     if not tracker.exists():
         return None
-    text = tracker.read_text(errors="replace").strip()
-    if not text.isdecimal():
+    text = read_bytes(tracker).decode(errors="replace").strip()
+    if not text.isdecimal() or len(text) > _MOST_DIGITS:
         raise ScaleMoEError(
             f"{tracker} must hold the number of an iteration", found=repr(text[:40]), try_=_other_iterations(directory, None)
         )
@@ -57,17 +60,12 @@ def find_checkpoint(directory: Path, iteration: int | None) -> tuple[int, Path]:
 def find_damage(path: Path) -> str | None:
     """What makes a checkpoint directory unusable, with the file's name; None if every file is there in full length."""
     try:
-        config = json.loads((path / "metadata.json").read_text())
-    except FileNotFoundError:
-        return f"{path / 'metadata.json'} does not exist"
-    except ValueError:
-        return f"{path / 'metadata.json'} is not JSON"
-    if config.get("sharded_backend") != "torch_dist":
-        return f"{path} has the format {config.get('sharded_backend')}, not torch_dist"
-    try:
-        stored = FileSystemReader(path).read_metadata().storage_data
-    except Exception as error:  # unpickling a damaged file can raise anything
-        return f"{path / '.metadata'} cannot be read: {type(error).__name__}"
+        backend = read_document(path / "metadata.json").data.get("sharded_backend")
+        stored = read_metadata(path).storage_data
+    except ScaleMoEError as error:
+        return str(error)
+    if backend != "torch_dist":
+        return f"{path} has the format {backend}, not torch_dist"
     in_a_file = not any(index.fqn.startswith("common_state") for index in stored)  # Megatron-Core 0.19 has it among the tensors
     if in_a_file and not zipfile.is_zipfile(path / "common.pt"):
         return f"{path / 'common.pt'} is missing or truncated"
@@ -82,9 +80,10 @@ def find_damage(path: Path) -> str | None:
 
 def start_writing(directory: Path, iteration: int) -> Path:
     """An empty directory to write a checkpoint into; `publish` gives it its name. Raises `ScaleMoEError` if it cannot be made."""
-    path = directory / f".saving_{iteration_path(directory, iteration).name}"
+    path = directory / f"{_SAVING}{iteration_path(directory, iteration).name}"
     try:
-        shutil.rmtree(path, ignore_errors=True)  # left by a run that died while saving
+        for left in directory.glob(f"{_SAVING}iter_*"):  # by a run that died while saving: it would keep the disk full
+            shutil.rmtree(left, ignore_errors=True)
         path.mkdir(parents=True)
     except OSError as error:
         raise ScaleMoEError(f"cannot write a checkpoint to {directory}", found=error, try_="another --save directory") from error
@@ -93,8 +92,7 @@ def start_writing(directory: Path, iteration: int) -> Path:
 
 def publish(written: Path, directory: Path, iteration: int, files: Mapping[str, str]) -> Path:
     """Make a complete checkpoint the latest one: on disk first, then under its name, then in the tracker file. `files` lie beside it."""
-    for name, text in files.items():
-        (written / name).write_text(text)
+    write_beside(written, files)
     for file in written.rglob("*"):
         _sync(file)
     _sync(written)
@@ -112,6 +110,15 @@ def publish(written: Path, directory: Path, iteration: int, files: Mapping[str, 
     _sync(directory)
     shutil.rmtree(replaced, ignore_errors=True)
     return path
+
+
+def write_beside(checkpoint: Path, files: Mapping[str, str]) -> None:
+    """Write texts into a checkpoint's directory. It is whole without them, so one that cannot be written is a warning."""
+    for name, text in files.items():
+        try:
+            write_atomically(checkpoint / name, text, force=True)
+        except ScaleMoEError as error:
+            warnings.warn(f"the checkpoint is whole, but {name} is missing beside it: {error}", stacklevel=2)
 
 
 def _sync(path: Path) -> None:

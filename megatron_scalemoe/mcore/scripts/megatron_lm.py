@@ -27,6 +27,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.faults.dead_ranks import naming_dead_ranks
+from megatron_scalemoe.faults.orphans import end_with_launcher
 from megatron_scalemoe.mcore.arguments import add_scalemoe_args, scalemoe_config_from_args
 from megatron_scalemoe.mcore.compat import check_megatron_core
 from megatron_scalemoe.mcore.scripts import checkpoints, hooks
@@ -70,6 +71,7 @@ def attach(scalemoe: ScaleMoEConfig) -> TrainingSession:
     Raises `ScaleMoEError` when the megatron.core that the script uses is not a tested version.
     """
     check_megatron_core()
+    end_with_launcher()
     from megatron.training import training
 
     session = TrainingSession(scalemoe)

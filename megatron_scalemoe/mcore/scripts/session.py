@@ -18,7 +18,7 @@ from megatron_scalemoe.balance.sequences.sampler import PlacedBatchSampler
 from megatron_scalemoe.balance.writers import format_figures, write_events, write_figures
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.faults.agreement import check_ranks_agree
-from megatron_scalemoe.files import write_atomically
+from megatron_scalemoe.mcore.checkpoint.directory import write_beside
 from megatron_scalemoe.mcore.live_model import live_balance
 from megatron_scalemoe.mcore.support import check_script
 
@@ -82,8 +82,8 @@ class TrainingSession:
         if (args.tensorboard_dir or args.wandb_project) and iteration % args.tensorboard_log_interval == 0:
             figures = self._for_writers.gather()
             write_figures(tensorboard, wandb, figures, iteration, per_layer=args.moe_per_layer_logging)
-            write_events(tensorboard, wandb, self.live.events[self._events_written :], iteration)
-            self._events_written = len(self.live.events)
+            write_events(tensorboard, wandb, self.live.events_since(self._events_written), iteration)
+            self._events_written = self.live.num_events
         interval = self._scalemoe.table_interval
         if interval and iteration % interval == 0:
             text = format_figures(self._for_terminal.gather(), iteration)
@@ -96,8 +96,7 @@ class TrainingSession:
             return
         files = self.live.checkpoint_files()
         if dist.get_rank() == 0:
-            for name, text in files.items():
-                write_atomically(checkpoint / name, text, force=True)
+            write_beside(checkpoint, files)
 
     def close(self) -> None:
         """After the last step."""

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_scalemoe.cost.model import CostModel
+from megatron_scalemoe.environment import PACKAGE_PARENT
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import read_document, write_atomically
 from megatron_scalemoe.placement.processes import one_blas_thread
@@ -69,7 +70,9 @@ class BackgroundPlanner:
         with (self._directory / _ERRORS).open("w") as errors:
             # The child reads its input until the end, which comes when this process closes it, or dies. In a session of its own it is
             # spared by torchrun, which signals the whole process group of a rank: the child could not remove its files.
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=errors, stderr=errors, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, cwd=PACKAGE_PARENT, stdin=subprocess.PIPE, stdout=errors, stderr=errors, start_new_session=True
+            )
 
     @property
     def _ended(self) -> bool:
@@ -119,6 +122,8 @@ class BackgroundPlanner:
 def _read_reply(directory: Path) -> Replan:
     figures = read_document(directory / _REPLY).data
     names = [field.name for field in dataclasses.fields(Replan) if field.name != "plan"]
+    if missing := [name for name in names if name not in figures]:
+        raise ScaleMoEError("the planner's answer must be whole", found=f"no {missing[0]}", place=str(directory / _REPLY))
     return Replan(plan=load_plan(directory / _NEW_PLAN), **{name: figures[name] for name in names})
 
 
