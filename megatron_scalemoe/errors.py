@@ -15,13 +15,19 @@ class ScaleMoEError(Exception):
         self, problem: str, *, found: object = None, try_: str | None = None, field: tuple[str | int, ...] = (), place: str | None = None
     ):
         self.problem, self.found, self.try_, self.field, self.place = problem, found, try_, field, place
-        lines = [": ".join(part for part in (place, ".".join(map(str, field)), problem) if part)]
+        lines = [": ".join(_printable(part, 500) for part in (place, ".".join(map(str, field)), problem) if part)]
         if found is not None:
-            lines.append(f"  found: {found}")
+            lines.append(f"  found: {_printable(str(found), 5000)}")
         if try_ is not None:
-            lines.append(f"  try:   {try_}")
+            lines.append(f"  try:   {_printable(try_, 1000)}")
         super().__init__("\n".join(lines))
 
     def at(self, place: str, field: tuple[str | int, ...] | None = None) -> ScaleMoEError:
         """The same error with the place where the value was given, and the field as it is called there."""
         return ScaleMoEError(self.problem, found=self.found, try_=self.try_, field=self.field if field is None else field, place=place)
+
+
+def _printable(text: str, most: int) -> str:
+    """Fit for a terminal: what files hold may be escape sequences, and long."""
+    text = text if len(text) <= most else f"{text[: most - 3]}..."
+    return "".join(char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text)

@@ -7,8 +7,10 @@ import dataclasses
 import functools
 import json
 import os
+import secrets
+import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megatron_scalemoe.errors import ScaleMoEError
 
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     import yaml
 
     from megatron_scalemoe.typed import ModelT
+
+# Of a document, which is parsed as a whole.
+DOCUMENT_BYTES = 64 << 20
+_MOST_VALUES = 10_000_000
 
 
 def check_writable(path: Path, *, force: bool) -> None:
@@ -37,9 +43,12 @@ def check_writable(path: Path, *, force: bool) -> None:
 def write_atomically(path: Path, content: str | bytes, *, force: bool) -> None:
     """Writes a file through a temporary one beside it, so that no reader ever sees half of it. Overwrites only with `force`."""
     check_writable(path, force=force)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".scalemoe-{secrets.token_hex(8)}.tmp")
     try:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        # In a folder that others can write to, no name may be known before, and no link of theirs be followed.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with open(descriptor, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as error:
         raise ScaleMoEError("cannot write the file", found=error, place=str(path)) from error
@@ -48,12 +57,27 @@ def write_atomically(path: Path, content: str | bytes, *, force: bool) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def read_bytes(path: Path) -> bytes:
-    """The file's bytes. Raises `ScaleMoEError` when it cannot be read."""
+def read_bytes(path: Path, *, most: int = DOCUMENT_BYTES) -> bytes:
+    """The file's bytes. Raises `ScaleMoEError` when it cannot be read, is no regular file, or larger than `most` bytes."""
+    with open_regular(path, most=most) as file:
+        return file.read(most)
+
+
+def open_regular(path: Path, *, most: int) -> BinaryIO:
+    """Opens a file to read. Raises `ScaleMoEError` for a pipe or device, which may have no end, and beyond `most` bytes."""
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ScaleMoEError("cannot read the file", found=error.strerror or error, place=str(path)) from error
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would wait for a writer
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise ScaleMoEError("cannot read the file", found=getattr(error, "strerror", None) or error, place=str(path)) from error
+    facts = os.fstat(descriptor)
+    if stat.S_ISREG(facts.st_mode) and facts.st_size <= most:
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(facts.st_mode):
+        raise ScaleMoEError("cannot read the file", found="a directory", place=str(path))
+    if not stat.S_ISREG(facts.st_mode):
+        raise ScaleMoEError("must be a regular file", found="a pipe or device", try_="write it to a file first", place=str(path))
+    raise ScaleMoEError(f"a file of this kind has at most {most >> 20} MiB", found=f"{facts.st_size >> 20} MiB", place=str(path))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +153,7 @@ def read_document(path: Path) -> Document:
         mark = getattr(error, "problem_mark", None)
         place = _place(path, mark and mark.line + 1)
         raise ScaleMoEError("not valid YAML", found=getattr(error, "problem", None) or error, place=place) from error
-    except (ValueError, TypeError, RecursionError) as error:  # YAML's own constructors; numbers too long; nesting too deep
+    except Exception as error:  # YAML's constructors raise anything (`!!bool 3`: KeyError); numbers too long; nesting too deep
         raise ScaleMoEError("cannot be parsed", found=error, place=str(path)) from error
     if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
         raise ScaleMoEError("must be one mapping of named fields", found=repr(data)[:80], place=str(path))
@@ -159,7 +183,7 @@ def _parse_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _check_no_name_twice(node, set())
+        _check_node(loader, node, {})
         return loader.construct_document(node)
     finally:
         loader.dispose()
@@ -171,15 +195,28 @@ def _yaml_loader() -> type:
     return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def _check_no_name_twice(node: yaml.Node, seen: set[int]) -> None:
-    """YAML itself would take the last one. `seen`: nodes that are checked, as aliases can make circles."""
-    if node.id == "scalar" or id(node) in seen:
-        return
-    seen.add(id(node))
+def _check_node(loader: Any, node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many values the node stands for. Raises `ScaleMoEError` with its line for a name given twice, of which YAML would take the last,
+    a value that is not what its tag says, and aliases that stand for millions. sizes: of nodes that are checked, 0 while they are."""
+    if (size := sizes.get(id(node))) is not None:
+        if size == 0:
+            raise ScaleMoEError("cannot be parsed", found="a value that contains itself", place=str(_line(node)))
+        return size
+    if node.id == "scalar":
+        try:
+            loader.construct_object(node)
+        except (KeyError, AttributeError, ValueError, TypeError) as error:
+            found = f"{node.value[:80]!r} as {node.tag.rpartition(':')[2]}"
+            raise ScaleMoEError("cannot be parsed", found=found, place=str(_line(node))) from error
+        return 1
+    sizes[id(node)] = 0
+    size = 1
     lines: dict[tuple[str, str], int] = {}
     for item in node.value:
         key, value = item if node.id == "mapping" else (None, item)
-        _check_no_name_twice(value, seen)
+        size += _check_node(loader, value, sizes)
+        if size > _MOST_VALUES:
+            raise ScaleMoEError(f"at most {_MOST_VALUES} values, aliases counted as what they stand for", place=str(_line(node)))
         if key is None or key.id != "scalar":
             continue
         name = (key.tag, key.value)
@@ -187,6 +224,8 @@ def _check_no_name_twice(node: yaml.Node, seen: set[int]) -> None:
             found = f"in lines {lines[name]} and {_line(key)}"
             raise ScaleMoEError(f"{key.value} is given twice", found=found, try_="leave one out", place=str(_line(key)))
         lines[name] = _line(key)
+    sizes[id(node)] = size
+    return size
 
 
 def _line(node: yaml.Node) -> int:

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +16,13 @@ import numpy as np
 from pydantic import Field
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.files import read_bytes, write_atomically
+from megatron_scalemoe.files import open_regular, write_atomically
 from megatron_scalemoe.typed import Facts, SchemaVersion, check
 from megatron_scalemoe.version import SCHEMA_VERSION
 
 _ZIP = b"PK\x03\x04"
+# Of a file, and of an array in it when unpacked.
+_MOST_BYTES = 8 << 30
 # Nobody records more tokens; beyond, sums and ratios would overflow.
 _MOST_TOKENS = 1e15
 
@@ -158,24 +162,42 @@ def save_trace(trace: RoutingTrace, path: Path, *, force: bool = False, compress
 
 def load_trace(path: Path) -> RoutingTrace:
     """Reads and checks a trace file. Raises `ScaleMoEError` naming file and array."""
-    raw = read_bytes(path)
-    if not raw.startswith(_ZIP):
-        found = f"a file that begins with {raw[:16]!r}"
-        raise ScaleMoEError(f"{path}: not a readable npz file", found=found, try_="scalemoe trace synth, or trace convert")
-    try:
-        with np.load(io.BytesIO(raw), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # BadZipFile, zlib.error, ValueError, MemoryError of a corrupt header...: npz has no one error of its own
-        raise ScaleMoEError(f"{path}: not a readable npz file", found=error) from error
-    # A member that is no array at all comes back as bytes.
-    if broken := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-        raise ScaleMoEError(f"{path}: {broken[0]}: must be an array", found="other bytes")
+    with open_regular(path, most=_MOST_BYTES) as file:
+        begin = file.read(16)
+        if not begin.startswith(_ZIP):
+            found = f"a file that begins with {begin!r}"
+            raise ScaleMoEError(f"{path}: not a readable npz file", found=found, try_="scalemoe trace synth, or trace convert")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = [member.removesuffix(".npy") for member in archive.namelist()]
+                arrays = {name: _array(archive, f"{name}.npy") for name in ("counts", "coactivation", "meta") if name in members}
+        except ScaleMoEError as error:
+            raise error.at(f"{path}: {error.place}") from error
+        except Exception as error:  # BadZipFile, zlib.error, ValueError of a corrupt header...: npz has no one error of its own
+            raise ScaleMoEError(f"{path}: not a readable npz file", found=error) from error
     if "counts" not in arrays:
-        raise ScaleMoEError(f"{path}: counts: the array is missing", found=f"arrays {sorted(arrays)}")
+        raise ScaleMoEError(f"{path}: counts: the array is missing", found=f"arrays {sorted(members)}")
     try:
         return RoutingTrace(arrays["counts"], arrays.get("coactivation"), _parse_meta(arrays.get("meta")))
     except ScaleMoEError as error:
         raise error.at(": ".join(filter(None, (str(path), error.place)))) from error
+
+
+def _array(archive: zipfile.ZipFile, member: str) -> np.ndarray:
+    """An array of an npz file, unpacked only if it has the size that it declares."""
+    size = archive.getinfo(member).file_size
+    if size > _MOST_BYTES:
+        raise ScaleMoEError(f"must be {_MOST_BYTES >> 30} GiB or less", found=f"{size >> 30} GiB", place=member.removesuffix(".npy"))
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        if file.tell() + math.prod(shape) * dtype.itemsize != size:
+            raise ScaleMoEError(
+                "must have the size that it declares", found=f"{shape} of {dtype}, {size} bytes", place=member.removesuffix(".npy")
+            )
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _parse_meta(array: np.ndarray | None) -> dict:
