@@ -41,7 +41,7 @@ class StepMeter:
         """Call at the end of each step."""
         now = time.perf_counter()
         rows_L = self._rows()
-        self._rows_SL.append([rows - before for rows, before in zip(rows_L, self._rows_before_L, strict=True)])
+        self._rows_SL.append(rows_L - self._rows_before_L.to(rows_L.device))
         self._rows_before_L = rows_L
         if self._step_began is not None:
             self._step_s.append(now - self._step_began)
@@ -57,7 +57,7 @@ class StepMeter:
         """Since the last call: steps, their median time, the largest over mean rank load of each step (mean over steps and layers, and its
         95th percentile), and mean times per step. Largest of all ranks for times. Collective over the pipeline stage; not after no step."""
         steps = self.steps
-        balance_SL = _max_over_mean(self._load(torch.tensor(list(self._rows_SL)).view(steps, len(self._layers))))
+        balance_SL = _max_over_mean(self._load(torch.stack(list(self._rows_SL))))
         replica_s = self._replica_s() - self._replica_before_s
         times = [statistics.median(self._step_s) if self._step_s else 0.0, replica_s / steps, self._exposed_s / steps]
         largest = torch.tensor(times, dtype=torch.float64, device=torch.cuda.current_device())
@@ -83,18 +83,24 @@ class StepMeter:
         dist.all_reduce(load_SLG, group=self._groups.stage)
         return load_SLG.cpu()
 
-    def _rows(self) -> list:
-        return [live.layer.token_dispatcher.rows_computed for live in self._layers]
+    def _rows(self) -> torch.Tensor:
+        return _together([live.layer.token_dispatcher.rows_computed for live in self._layers])
 
     def _replica_s(self) -> float:
         return sum(live.replica_time_s for live in self._layers)
 
     def _clear(self) -> None:
         self._rows_before_L, self._replica_before_s = self._rows(), self._replica_s()
-        self._rows_SL: collections.deque[list[int]] = collections.deque(maxlen=_MOST_STEPS)
+        self._rows_SL: collections.deque[torch.Tensor] = collections.deque(maxlen=_MOST_STEPS)
         self._step_s: collections.deque[float] = collections.deque(maxlen=_MOST_STEPS)
         self._step_began: float | None = None
         self._exposed_s = 0.0
+
+
+def _together(counts: list[int | torch.Tensor]) -> torch.Tensor:
+    """int64 [number of counts], where the tensors among them are: nothing waits for a device."""
+    device = next((count.device for count in counts if isinstance(count, torch.Tensor)), None)
+    return torch.stack([torch.as_tensor(count, device=device) for count in counts]) if counts else torch.zeros(0, dtype=torch.int64)
 
 
 def _max_over_mean(load_SLG: torch.Tensor) -> torch.Tensor:
@@ -128,38 +134,43 @@ class LayerMeter:
 
     def __init__(self, live: LiveBalance):
         self._live, self._groups, self._sizes = live, live.model.groups, live.model.sizes
+        for layer in live.layers:
+            layer.layer.token_dispatcher.counts_sent = True
         self._plan, self._before_LX, self._steps_before = live.plan, self._counted(), live.steps
 
     def gather(self) -> list[LayerFigures]:
         """Of all layers of the model, in order, since the last call. Collective over all ranks; one host synchronisation."""
         live, counted_LX = self._live, self._counted()
-        shared_LX = torch.from_numpy(counted_LX - self._before_LX + self._placement_columns()).to(torch.cuda.current_device())
+        shared_LX = counted_LX - self._before_LX
+        shared_LX[:, -2:] = torch.from_numpy(self._placement_columns()).to(shared_LX.device)
         dist.all_reduce(shared_LX)
         steps = max(live.steps - self._steps_before, 1)
         figures = [self._figures(number, row_X, steps) for number, row_X in zip(live.model.layer_numbers, shared_LX.tolist(), strict=True)]
         self._plan, self._before_LX, self._steps_before = live.plan, counted_LX, live.steps
         return figures
 
-    def _counted(self) -> np.ndarray:
-        """int64 [L, X] of this rank, L layers of the whole model: rows computed [G], in the column of the rank; selections; rows sent:
-        stayed, left, padding; and two columns for the placement."""
+    def _counted(self) -> torch.Tensor:
+        """int64 [L, X] of this rank, on the device, L layers of the whole model: rows computed [G], in the column of the rank; selections;
+        rows sent: stayed, left, padding; and two columns for the placement."""
         ep = self._groups.ep
-        counted_LX = np.zeros((len(self._live.model.layer_numbers), ep.size() + 6), dtype=np.int64)
+        device, rows = torch.device(torch.cuda.current_device()), len(self._live.model.layer_numbers)
+        counted_LX = torch.zeros(rows, ep.size() + 6, dtype=torch.int64, device=device)
         for live in self._live.layers:
             dispatcher = live.layer.token_dispatcher
-            counted_LX[live.row, ep.rank()] = int(dispatcher.rows_computed)
-            counted_LX[live.row, ep.size() : -2] = dispatcher.selections, *map(int, dataclasses.astuple(dispatcher.rows_sent))
+            counts = _together([dispatcher.rows_computed, dispatcher.selections, *dataclasses.astuple(dispatcher.rows_sent)]).to(device)
+            counted_LX[live.row, ep.rank()] = counts[0]
+            counted_LX[live.row, ep.size() : -2] = counts[1:]
         return counted_LX
 
     def _placement_columns(self) -> np.ndarray:
-        """int64 [L, X]: replicas in the plan, and homes moved since the last call, on the first rank of each pipeline stage."""
-        columns_LX = np.zeros_like(self._before_LX)
+        """int64 [L, 2]: replicas in the plan, and homes moved since the last call, on the first rank of each pipeline stage."""
+        columns_L2 = np.zeros((len(self._before_LX), 2), dtype=np.int64)
         plan = self._live.plan
         if self._groups.stage.rank() == 0 and plan is not None:
             for live in self._live.layers:
                 replicas = (plan.physical_to_logical[live.index] != EMPTY).sum() - plan.num_logical_experts
-                columns_LX[live.row, -2:] = replicas, _homes_moved(self._plan, plan, live.index)
-        return columns_LX
+                columns_L2[live.row] = replicas, _homes_moved(self._plan, plan, live.index)
+        return columns_L2
 
     def _figures(self, number: int, row_X: list[int], steps: int) -> LayerFigures:
         *load_G, selections, stayed, left, padding, replicas, homes_moved = row_X

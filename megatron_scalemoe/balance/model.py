@@ -53,10 +53,12 @@ class Router(Protocol):
 
 
 class TokenDispatcher(Protocol):
-    """Counts since the start. rows_computed: by this rank's experts. selections: (token, expert) pairs that its router should have made."""
+    """Counts since the start. rows_computed: by this rank's experts. rows_sent: only while `counts_sent`. selections: (token, expert) pairs
+    that its router should have made."""
 
     rows_computed: int | Tensor
     rows_sent: RowsSent
+    counts_sent: bool
     selections: int
 
     def set_placement(self, placement: LayerPlacement | None) -> None: ...

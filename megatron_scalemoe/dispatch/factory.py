@@ -50,4 +50,6 @@ def _over(
         return FusedDispatcher(channel.transport, num_experts, most_experts, expert_tp_size, spare_rows=spare_rows)
     num_hosts = channel.between.size()
     inside = FusedDispatcher(channel.transport, num_experts * expert_tp_size // num_hosts, most_experts * expert_tp_size)
-    return HierarchicalDispatcher(channel.between, group.size() // num_hosts, inside, num_experts, most_experts, expert_tp_size)
+    ranks_per_host = group.size() // num_hosts
+    position = group.rank() % ranks_per_host
+    return HierarchicalDispatcher(channel.between, ranks_per_host, position, inside, num_experts, most_experts, expert_tp_size)

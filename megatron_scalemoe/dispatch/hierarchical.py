@@ -23,17 +23,22 @@ from megatron_scalemoe.ops.ragged import Splits, ragged_all_to_all
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inside:
-    """A dispatch between `exchange` and `expand`: the inner dispatcher's state, and the way back between hosts."""
+    """A dispatch between `exchange` and `expand`: the inner dispatcher's state, and the way back between hosts.
+
+    own_NK: the columns of the rows that this rank sent to its own host, `columns_per_host` for none.
+    """
 
     inner: Any
     sent: RowMap
     splits: Splits
+    own_NK: Tensor
 
 
 class HierarchicalDispatcher(Dispatcher):
     """Dispatch over hosts of equally many ranks, which follow each other in the dispatch group, host by host.
 
-    between: group of the ranks with this rank's position in their hosts, in the order of the hosts. inner: dispatcher of this host's ranks,
+    between: group of the ranks with this rank's position in their hosts, in the order of the hosts. position: the same of this rank, of
+    `ranks_per_host`. inner: dispatcher of this host's ranks,
     made for all experts of the host and no expert tensor parallelism of its own. The other arguments as for `RaggedDispatcher`;
     `ranks_per_host` x the size of `between` is the size of the dispatch group.
 
@@ -44,6 +49,7 @@ class HierarchicalDispatcher(Dispatcher):
         self,
         between: dist.ProcessGroup,
         ranks_per_host: int,
+        position: int,
         inner: Dispatcher,
         num_experts: int,
         max_experts_per_token: int,
@@ -51,7 +57,7 @@ class HierarchicalDispatcher(Dispatcher):
     ):
         num_columns = num_experts * expert_tp_size
         assert num_columns % (between.size() * ranks_per_host) == 0, (num_columns, between.size(), ranks_per_host)
-        self.between, self.inner, self.expert_tp_size = between, inner, expert_tp_size
+        self.between, self.position, self.inner, self.expert_tp_size = between, position, inner, expert_tp_size
         self.num_local_experts = num_columns // (between.size() * ranks_per_host)
         self.columns_per_host = num_columns // between.size()
         self._outer = RaggedDispatcher(between, num_columns, max_experts_per_token * expert_tp_size)
@@ -65,7 +71,8 @@ class HierarchicalDispatcher(Dispatcher):
         received: Received = flight.state
         inner = self.inner.prepare(flight.x, *_by_column(flight.probs, received.experts_NK, self.columns_per_host))
         inner = self.inner.exchange(inner)
-        return dataclasses.replace(inner, state=Inside(inner.state, received.sent, received.splits))
+        own_NK = received.experts_NK.split(received.splits.output)[self.between.rank()].clone()  # a view would keep all rows in memory
+        return dataclasses.replace(inner, state=Inside(inner.state, received.sent, received.splits, own_NK))
 
     def expand(self, flight: InFlight) -> tuple[Tensor, Tensor, Tensor, Inside]:
         inside: Inside = flight.state
@@ -83,8 +90,9 @@ class HierarchicalDispatcher(Dispatcher):
         return unpermute(x, metadata.sent)
 
     def rows_sent(self, metadata: Inside) -> RowsSent:
-        """Not known."""
-        return RowsSent()
+        crossed = sum(metadata.splits.input) - metadata.splits.input[self.between.rank()]
+        stayed = (metadata.own_NK // self.num_local_experts == self.position).any(1).sum()  # what came from another host has not stayed
+        return RowsSent(stayed, crossed + self.inner.rows_sent(metadata.inner).left)
 
 
 def _by_column(probs_NK: Tensor, experts_NK: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:

@@ -94,11 +94,25 @@ def load_job(path: Path) -> Job:
                 places[name, option] = document.place((name, option))
                 values[name, option] = Value(value, "file", places[name, option])
     top.pop("base", None)
+    _check_text(path, {**top, **{field: value.value for field, value in values.items()}}, places)
     values = _completed(path, top, {field: value for field, value in values.items() if value.value is not None}, ("scalemoe",) in places)
     try:
         return Job(path, _checked(top, values), values, places)
     except ScaleMoEError as error:
         raise error.at(_place(path, places, error.field)) from error
+
+
+def _check_text(path: Path, content: Mapping[Any, Any], places: Mapping[Field, str]) -> None:
+    """The values become lines of a script that runs: none may begin a line of its own, whatever its kind. Raises `ScaleMoEError`."""
+    if not str(path).isprintable():
+        raise ScaleMoEError("the job's file must have a name of printable characters", found=repr(str(path)))
+    for name, value in content.items():
+        field = name if isinstance(name, tuple) else (name,)
+        words = [*map(str, field), *(value if isinstance(value, list) else [value])]
+        for word in words:
+            if isinstance(word, str) and not word.isprintable():
+                problem = "must be one line of printable characters"
+                raise ScaleMoEError(problem, found=repr(word)[:80], field=field, place=_place(path, places, field))
 
 
 class _Head(Facts):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from megatron_scalemoe.typed import Model, Number, SchemaVersion, refused
 
@@ -20,7 +20,18 @@ PROGRAMS = {
     "bert_moe": ("examples/bert_moe/pretrain_bert.py",),
 }
 _NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*", re.IGNORECASE)
+# Of an #SBATCH line, where a space begins the next option.
+_SBATCH_WORD = re.compile(r"[\w.,:%+@/=\[\]-]+")
 Count = Annotated[int, Field(ge=1)]
+
+
+def _one_word(value: str) -> str:
+    if not _SBATCH_WORD.fullmatch(value):
+        raise refused("must be one word for SLURM", found=repr(value)[:80], try_="letters, digits and . , : - _")
+    return value
+
+
+Word = Annotated[str, AfterValidator(_one_word)]
 
 
 class FlagSection(Model):
@@ -94,12 +105,12 @@ class ClusterSection(Model):
     gpus_per_node: Annotated[int, Field(ge=0)]
     ranks_per_node: Count | None = None
     cpus_per_rank: Count | None = None
-    memory: str | None = None
-    time: str | None = None
-    job_name: str
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
+    memory: Word | None = None
+    time: Word | None = None
+    job_name: Word
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
     seconds_to_save: Count = 300
     run_dir: str | None = None
     environment: Literal["venv", "pyxis", "apptainer"] | None = None

@@ -137,7 +137,7 @@ def make_dispatcher(kind: str, case: Case) -> Dispatcher:
         inside, between = host_groups()
         of_host = sizes[0] * case.expert_tp_size // HOSTS, case.top_k * case.expert_tp_size
         inner = RaggedDispatcher(inside, *of_host) if kind.endswith("ragged") else FusedDispatcher(transport("host"), *of_host)
-        dispatcher = HierarchicalDispatcher(between, RANKS_PER_HOST, inner, *sizes)
+        dispatcher = HierarchicalDispatcher(between, RANKS_PER_HOST, inside.rank(), inner, *sizes)
     else:
         dispatcher = {"ragged": RaggedDispatcher, "bounded": BoundedDispatcher}[kind](world, *sizes)
     if not case.slots:

@@ -10,7 +10,7 @@ from megatron_scalemoe.dispatch.padded import PaddedDispatcher
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.wire import WireMeter
 from megatron_scalemoe.plan.placement_plan import EMPTY
-from tests.dispatch.cases import CASES, HOSTS, Case, check_cases, make_dispatcher, make_inputs, random_slots, relative_error
+from tests.dispatch.cases import CASES, HOSTS, RANKS_PER_HOST, Case, check_cases, make_dispatcher, make_inputs, random_slots, relative_error
 from tests.rank_pool import pool
 
 KINDS = [
@@ -140,6 +140,25 @@ def test_bytes_are_one_row_per_token_and_rank_plus_little(world_size, kind, top_
     for found in results:
         assert found["least"] < found["dispatched"] <= 1.03 * found["least"]
     assert sum(found["backward"] for found in results) <= sum(found["forward"] for found in results)
+
+
+def rows_of_two_hops(kind: str, case: Case) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows that stayed and left by the dispatcher's count, and as the routing map says: to each other host, then to the others in it."""
+    x, probs, routing_map = make_inputs(case, dist.get_rank())
+    dispatcher = make_dispatcher(kind, case)
+    sent = dispatcher.rows_sent(dispatcher.dispatch(x, probs, routing_map)[3])
+    host, position = divmod(dist.get_rank(), RANKS_PER_HOST)
+    goes_THP = routing_map.unflatten(1, (HOSTS, RANKS_PER_HOST, -1)).any(3)
+    crossed = int(goes_THP.any(2).sum() - goes_THP[:, host].any(1).sum())
+    passed_on = int(goes_THP.sum() - goes_THP[:, :, position].sum())  # by the ranks of this position, in the sum over all ranks
+    return (int(sent.stayed), int(sent.left)), (int(goes_THP[:, host, position].sum()), crossed + passed_on)
+
+
+@pytest.mark.parametrize("kind", ["hierarchical ragged", "hierarchical shm"])
+def test_the_rows_of_both_hops_are_counted(kind):
+    found = pool(4).run(rows_of_two_hops, kind, Case(top_k=3, drop_share=0.2))
+    assert all(counted[0] == wanted[0] for counted, wanted in found)
+    assert sum(counted[1] for counted, _ in found) == sum(wanted[1] for _, wanted in found)
 
 
 @pytest.mark.parametrize("kind", ["ragged", "shm"])

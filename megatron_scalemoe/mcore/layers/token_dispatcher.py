@@ -30,8 +30,9 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
     steps except the exchange of counts, which starts in the first step and is waited for in the second (with replicas, another one in the
     first). The transport is opened in the first step of all.
 
-    dispatcher: None before that. rows_computed: rows that this rank's experts got in training so far. rows_sent: by this rank, likewise.
-    selections: (token, expert) pairs that its router should have made for that, tokens x top-k. counting: off while a step is repeated.
+    dispatcher: None before that. rows_computed: rows that this rank's experts got in training so far. rows_sent: by this rank, likewise,
+    while `counts_sent`, which takes a few kernels. selections: (token, expert) pairs that its router should have made for that, tokens x
+    top-k. counting: off while a step is repeated.
     """
 
     def __init__(self, scalemoe: ScaleMoEConfig, config: TransformerConfig, pg_collection: ProcessGroupCollection):
@@ -44,7 +45,7 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
         self._outdated = True
         self.rows_computed = 0
         self.rows_sent, self.selections = RowsSent(), 0
-        self.counting = True
+        self.counting, self.counts_sent = True, False
         self._hidden_shape = self._flight = self._metadata = None
 
     def set_placement(self, placement: LayerPlacement | None) -> None:
@@ -70,7 +71,8 @@ class ScaleMoETokenDispatcher(MoETokenDispatcher):
         rows, tokens_per_expert, row_probs, self._metadata = self.dispatcher.expand(flight)
         if self.counting and torch.is_grad_enabled():  # not in evaluation, and once with recomputation
             self.rows_computed = self.rows_computed + tokens_per_expert.sum()
-            self.rows_sent += self.dispatcher.rows_sent(self._metadata)
+            if self.counts_sent:
+                self.rows_sent += self.dispatcher.rows_sent(self._metadata)
             self.selections += self._hidden_shape[:-1].numel() * self.config.moe_router_topk
         return rows, tokens_per_expert, row_probs
 

@@ -52,7 +52,10 @@ class TrainingSession:
         """When model and optimizer are built, and loaded. Raises `ScaleMoEError` if the plan, topology or model do not fit this job."""
         sizes = {"micro_batches": micro_batches, "micro_batch_size": args.micro_batch_size}
         self.live = live_balance(model, optimizer, config, self._scalemoe, **sizes, say=_say)
-        self._for_writers, self._for_terminal = LayerMeter(self.live), LayerMeter(self.live)
+        if args.tensorboard_dir or args.wandb_project:
+            self._for_writers = LayerMeter(self.live)
+        if self._scalemoe.table_interval:
+            self._for_terminal = LayerMeter(self.live)
 
     def placing_sequences(self, loader: DataLoader | None) -> DataLoader | None:
         """The training data's loader, with the sequences of each global batch placed if that was asked for."""
@@ -79,13 +82,12 @@ class TrainingSession:
 
     def report(self, args: argparse.Namespace, iteration: int, tensorboard: Any, wandb: Any) -> None:
         """After Megatron's own log of this iteration. tensorboard, wandb: Megatron's writers, on the last rank, where it has them."""
-        if (args.tensorboard_dir or args.wandb_project) and iteration % args.tensorboard_log_interval == 0:
+        if self._for_writers is not None and iteration % args.tensorboard_log_interval == 0:
             figures = self._for_writers.gather()
             write_figures(tensorboard, wandb, figures, iteration, per_layer=args.moe_per_layer_logging)
             write_events(tensorboard, wandb, self.live.events_since(self._events_written), iteration)
             self._events_written = self.live.num_events
-        interval = self._scalemoe.table_interval
-        if interval and iteration % interval == 0:
+        if self._for_terminal is not None and iteration % self._scalemoe.table_interval == 0:
             text = format_figures(self._for_terminal.gather(), iteration)
             if dist.get_rank() == dist.get_world_size() - 1:  # where Megatron prints its log
                 print(text, flush=True)
