@@ -1,6 +1,7 @@
 """Which software and machine this is, for `scalemoe doctor` and beside every measured number. Needs neither torch nor megatron."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -26,6 +27,15 @@ def installed_version(*distributions: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def code_digest() -> str:
+    """Equal where the package's Python files are: the same version may have been edited on one machine."""
+    digest = hashlib.sha256()
+    package = PACKAGE_PARENT / "megatron_scalemoe"
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def is_supported_megatron(version: str) -> bool:

@@ -27,6 +27,13 @@ class ScaleMoEError(Exception):
         return ScaleMoEError(self.problem, found=self.found, try_=self.try_, field=self.field if field is None else field, place=place)
 
 
+def as_raised(error: ScaleMoEError) -> ScaleMoEError:
+    """The error before Megatron raised it again with " when instantiating TransformerLayer" behind it, for each module around."""
+    while isinstance(error.__context__, ScaleMoEError) and " when instantiating " in str(error):
+        error = error.__context__
+    return error
+
+
 def _printable(text: str, most: int) -> str:
     """Fit for a terminal: what files hold may be escape sequences, and long."""
     text = text if len(text) <= most else f"{text[: most - 3]}..."

@@ -15,7 +15,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.errors import ScaleMoEError, as_raised
 
 _HELP = {"-h", "--help"}
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run_script(Path(argv[0]), argv[1:])
     except ScaleMoEError as error:
-        print(f"[rank {os.environ.get('RANK', 0)}] error: {error}", file=sys.stderr, flush=True)
+        print(f"[rank {os.environ.get('RANK', 0)}] error: {as_raised(error)}", file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from arguments import parse_args
 
-from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.errors import ScaleMoEError, as_raised
 from megatron_scalemoe.faults.orphans import end_with_launcher
 from megatron_scalemoe.mcore import cpu_ranks
 
@@ -28,7 +28,7 @@ def pretrain(load_task: Callable[[], Task]) -> int:
 
         train(args, load_task())
     except ScaleMoEError as error:
-        print(f"[rank {os.environ.get('RANK', 0)}] error: {error}", file=sys.stderr, flush=True)
+        print(f"[rank {os.environ.get('RANK', 0)}] error: {as_raised(error)}", file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -59,7 +59,7 @@ class LiveBalance:
         self._iteration: int | None = None
         self._unpaid_us = self._saving_us = 0.0
         self._rows = [live.row for live in self.layers]
-        self._recorder = RoutingRecorder([live.layer.router for live in self.layers], self._groups, model.sizes, micro_batches)
+        self._recorder = RoutingRecorder([live.layer.router for live in self.layers], self._groups, model.sizes)
         self._unplanned: RoutingTrace | None = None  # recorded while the planner works on an earlier trace
         self._trace_file: TraceFile | None = None
         if scalemoe.trace_path:
@@ -132,14 +132,15 @@ class LiveBalance:
             if live.replicas is not None:
                 live.replicas.renew()
 
-    def step_done(self, iteration: int) -> None:
-        """Call on every rank after every optimizer step, with the number of the iteration that it ended. Numbers may be left out."""
+    def step_done(self, iteration: int, micro_batches: int | None = None) -> None:
+        """Call on every rank after every optimizer step, with the number of the iteration that it ended. Numbers may be left out.
+        micro_batches: of this step, if not as many as at the start."""
         began = time.perf_counter()
         before = iteration - 1 if self._iteration is None else self._iteration
         self._iteration = iteration
         self.steps += 1
         self._meter.end_step()
-        self._recorder.end_step()
+        self._recorder.end_step(micro_batches or self._micro_batches)
         if self._interval and _is_due(self._scalemoe.trace_interval, before, iteration):
             self._recorder.mark(iteration)
         if self._planner is not None and self._planner.is_due(iteration):

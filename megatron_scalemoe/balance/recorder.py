@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_scalemoe.balance.groups import Groups
 from megatron_scalemoe.balance.model import MoESizes, Router
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.traffic.rounding import whole_tokens
 from megatron_scalemoe.traffic.trace import RoutingTrace, save_trace
 
 TRACE_FILE, _MOST_RECORDED = "routing.npz", 1000
@@ -23,24 +24,25 @@ class RoutingRecorder:
     No host synchronisation but in `gather`.
     """
 
-    def __init__(self, routers: list[Router], groups: Groups, sizes: MoESizes, micro_batches: int):
-        self._routers, self._groups, self._micro_batches = routers, groups, micro_batches
+    def __init__(self, routers: list[Router], groups: Groups, sizes: MoESizes):
+        self._routers, self._groups = routers, groups
         self._meta = {"topk": sizes.topk, "hidden_size": sizes.hidden_size, "ffn_hidden_size": sizes.ffn_hidden_size}
         self._last_E = self._counted()
-        self._windows: list[tuple[int, int, list[torch.Tensor]]] = []  # last iteration, number of iterations, counts [E] of each layer
-        self._iterations = 0
+        self._windows: list[tuple[int, int, list[torch.Tensor]]] = []  # last iteration, number of micro-batches, counts [E] of each layer
+        self._micro_batches = 0
 
-    def end_step(self) -> None:
-        """Call at the end of each iteration."""
-        self._iterations += 1
+    def end_step(self, micro_batches: int) -> None:
+        """Call at the end of each iteration, with its number of micro-batches: a ramp-up of the batch changes it."""
+        self._micro_batches += micro_batches
 
     def mark(self, iteration: int) -> None:
         """End a recorded step here, after this iteration; nothing if it has none."""
-        if not self._iterations:
+        if not self._micro_batches:
             return
         counted = self._counted()
-        self._windows.append((iteration, self._iterations, [now_E - last_E for now_E, last_E in zip(counted, self._last_E, strict=True)]))
-        self._last_E, self._iterations = counted, 0
+        counts_E = [now_E - last_E for now_E, last_E in zip(counted, self._last_E, strict=True)]
+        self._windows.append((iteration, self._micro_batches, counts_E))
+        self._last_E, self._micro_batches = counted, 0
 
     def gather(self) -> RoutingTrace | None:
         """What was recorded since the last call, of all ranks of this pipeline stage; None if nothing was. Collective.
@@ -56,8 +58,8 @@ class RoutingRecorder:
         counts_SLGE[:, :, ep.rank()] = windows_SLE
         dist.all_reduce(counts_SLGE, group=stage)
         ep_groups = stage.size() // ep.size() // self._groups.expert_tp.size()
-        parts_S = np.array([length for _, length, _ in windows]) * self._micro_batches * ep_groups
-        counts = np.rint(counts_SLGE.cpu().numpy() / parts_S[:, None, None, None]).astype(np.int32)
+        parts_S = np.array([micro_batches for _, micro_batches, _ in windows]) * ep_groups
+        counts = whole_tokens(counts_SLGE.cpu().numpy() / parts_S[:, None, None, None])
         iterations = [iteration for iteration, _, _ in windows]
         return RoutingTrace(counts, None, {**self._meta, "iterations": iterations})
 

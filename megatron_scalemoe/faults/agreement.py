@@ -12,21 +12,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_scalemoe.environment import code_digest
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.ragged import naming_failure
 from megatron_scalemoe.typed import Options
+from megatron_scalemoe.version import __version__
 
 ABSENT = "not set"
+_CODE = "the package megatron_scalemoe"
 
 
 def check_ranks_agree(settings: Mapping[str, object], group: dist.ProcessGroup | None = None) -> None:
     """Raises on every rank one `ScaleMoEError` that names each setting whose value differs, its values, and the ranks that have them.
 
     `settings` maps argparse destinations to values, e.g. `vars(args)` without what is meant to differ between ranks. The fields of
-    options `scalemoe` count as settings `scalemoe_*`. Values are compared by their text; order in sets and mappings does not count.
+    options `scalemoe` count as settings `scalemoe_*`; the package's own files must be the same, too. Values are compared by their text; order in sets and mappings does not count.
     Collective over `group` (default: all ranks): it gathers a hash, and everything only if the hashes differ.
     """
     mine = {name: _canonical(value) for name, value in _flat(settings).items()}
+    mine[_CODE] = f"{__version__}, files {code_digest()}"
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     # If any two ranks differ, every rank sees a hash other than its own, so that all of them go on to the second gather.
     if set(_gather(digest, group)) == {digest}:
@@ -112,7 +116,7 @@ def _differing_settings(by_rank: list[dict[str, str]], ranks: list[int]) -> list
             holders.setdefault(settings.get(name, ABSENT), []).append(rank)
         if len(holders) > 1:
             values = "; ".join(f"{value} on {rank_text(held)}" for value, held in holders.items())
-            lines.append(f"--{name.replace('_', '-')}: {values}")
+            lines.append(f"{name if name == _CODE else '--' + name.replace('_', '-')}: {values}")
     return lines
 
 

@@ -90,15 +90,40 @@ def _check_model(job: Job) -> None:
 
 
 def _check_pipeline(job: Job) -> None:
-    parallel, layers = job.content.parallel, job.content.model.num_layers
+    """As Megatron's `validate_args` does; a layout is left to it."""
+    if _flag(job, "pipeline_model_parallel_layout"):
+        return
+    parallel, stages = job.content.parallel, job.content.parallel.pipeline_model_parallel_size
+    layers = job.content.model.num_layers
+    layers += sum(bool(_flag(job, f"account_for_{end}_in_pipeline_split")) for end in ("embedding", "loss"))
     uneven = [parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers]
     given = [size for size in uneven if size is not None]
-    stages, rest = parallel.pipeline_model_parallel_size - len(given), layers - sum(given)
-    if (rest % stages or rest < stages) if stages > 0 else rest:
-        problem = f"{layers} layers do not divide evenly over the pipeline's {parallel.pipeline_model_parallel_size} stages"
-        found = f"{rest} layers for {stages} stages" if given else None
+    even_stages, rest = stages - len(given), layers - sum(given)
+    if (rest % even_stages or rest < even_stages) if even_stages > 0 else rest:
+        problem = f"{layers} layers do not divide evenly over the pipeline's {stages} stages"
+        found = f"{rest} layers for {even_stages} stages" if given else None
         try_ = "decoder_first_pipeline_num_layers, decoder_last_pipeline_num_layers, or another size"
         raise job.error(("parallel", "pipeline_model_parallel_size"), problem, found=found, try_=try_)
+    if even_stages > 0:
+        _check_virtual_stages(job, rest // even_stages)
+
+
+def _check_virtual_stages(job: Job, layers_of_stage: int) -> None:
+    for option in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+        size = str(_flag(job, option) or 1)
+        if size.isdecimal() and (int(size) == 0 or layers_of_stage % int(size)):
+            raise job.error(("parallel", option), f"must divide the {layers_of_stage} layers of a pipeline stage", found=size)
+
+
+def _flag(job: Job, option: str) -> object:
+    """A flag's value wherever the job gives it: in `parallel` or among the extra flags, there as text, True without one; None if not."""
+    words, flag = job.content.extra_flags, "--" + option.replace("_", "-")
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            follows = words[index + 1 : index + 2]
+            return value if equals else follows[0] if follows and not follows[0].startswith("-") else True
+    return (job.content.parallel.model_extra or {}).get(option)
 
 
 def _check_training(job: Job, data_parallel: int) -> dict[str, int]:

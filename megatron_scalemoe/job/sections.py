@@ -90,12 +90,19 @@ class MoeSection(FlagSection):
 class TrainingSection(FlagSection):
     micro_batch_size: Count
     global_batch_size: Count
-    train_iters: Count
+    train_iters: Count | None = None
+    train_samples: Count | None = None
     lr: Number
     min_lr: Number = 0.0
     mock_data: bool = False
     data_path: list[str] | None = None
     save_interval: Count
+
+    @model_validator(mode="after")
+    def _ends(self) -> TrainingSection:
+        if (self.train_iters is None) == (self.train_samples is None):
+            raise refused("must have one of train_iters and train_samples", try_="train_iters: 1000")
+        return self
 
 
 class ClusterSection(Model):

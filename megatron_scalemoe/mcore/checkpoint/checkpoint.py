@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,12 @@ def save_checkpoint(
     written = _on_first_rank(start_writing, directory, iteration)
     strategy = FullyParallelSaveStrategyWrapper(serialization.get_default_save_sharded_strategy(), groups.dp_cp)
     stored_metadata = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
-    with _as_user_error(f"could not save iteration {iteration} to {directory}"):
-        serialization.save(state, str(written), strategy, content_metadata=stored_metadata)
+    try:
+        with _as_user_error(f"could not save iteration {iteration} to {directory}"):
+            serialization.save(state, str(written), strategy, content_metadata=stored_metadata)
+    except ScaleMoEError:
+        shutil.rmtree(written, ignore_errors=True)  # half a checkpoint would keep the disk full
+        raise
     return _on_first_rank(publish, written, directory, iteration, files or {})
 
 
@@ -256,8 +261,10 @@ def _as_user_error(problem: str) -> Iterator[None]:
 
 def _cause(error: BaseException) -> str:
     """The first line of what went wrong on some rank."""
-    failures = getattr(error, "failures", None)  # torch gathers the errors of all ranks in one exception
-    if failures:
-        rank, (error, _) = next(iter(failures.items()))
-        return f"rank {rank}: {_cause(error)}"
+    if isinstance(error, CheckpointException):
+        # torch raises it on all ranks together, but the errors are on that which led
+        causes: list[str] = [""] * torch.distributed.get_world_size()
+        mine = next((f"rank {rank}: {_cause(failure)}" for rank, (failure, _) in error.failures.items()), "")
+        torch.distributed.all_gather_object(causes, mine)
+        return next(filter(None, causes), "an error that torch.distributed.checkpoint does not name")
     return f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"

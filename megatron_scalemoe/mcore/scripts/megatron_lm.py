@@ -121,10 +121,13 @@ def _build_train_valid_test_data_loaders(session: TrainingSession, original: Cal
 
 
 def _train_step(session: TrainingSession, original: Callable, *args: Any, **options: Any) -> tuple:
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    micro_batches = get_num_microbatches()  # of this step: with --rampup-batch-size they grow
     result = original(*args, **options)
     _, _, _, should_exit, *_ = result
     if not should_exit:  # else no optimizer step was made
-        session.step_done(hooks.arguments(original, args, options)["iteration"] + 1)
+        session.step_done(hooks.arguments(original, args, options)["iteration"] + 1, micro_batches)
     return result
 
 

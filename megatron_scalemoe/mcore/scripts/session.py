@@ -76,9 +76,9 @@ class TrainingSession:
             worker_init_fn=loader.worker_init_fn,
         )
 
-    def step_done(self, iteration: int) -> None:
+    def step_done(self, iteration: int, micro_batches: int) -> None:
         """After the optimizer step of this iteration."""
-        self.live.step_done(iteration)
+        self.live.step_done(iteration, micro_batches)
 
     def report(self, args: argparse.Namespace, iteration: int, tensorboard: Any, wandb: Any) -> None:
         """After Megatron's own log of this iteration. tensorboard, wandb: Megatron's writers, on the last rank, where it has them."""
