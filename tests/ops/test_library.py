@@ -1,14 +1,13 @@
-"""The exchange ops on one rank, over shared memory: schemas, fake shapes, gradients. Several ranks: tests/dispatch."""
+"""The exchange ops on one rank, over the plain-torch twin: schemas, fake shapes, gradients. Several ranks: tests/dispatch."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_scalemoe.ops import library, native
-from megatron_scalemoe.ops.transports import registry
-from megatron_scalemoe.ops.transports.shm import open_shm
+from megatron_scalemoe.ops import library
+from megatron_scalemoe.ops.transports import registry as transport
+from tests.ops.transports import reference
 
-pytestmark = pytest.mark.skipif(native.cpu() is None, reason=str(native.why_not("cpu")))
 EXPERTS = torch.tensor([[0, 2], [1, -1], [-1, -1], [2, 3], [0, 1]], dtype=torch.int32)
 NUM_LOCAL = 4
 
@@ -16,11 +15,9 @@ NUM_LOCAL = 4
 @pytest.fixture
 def number(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    transport = open_shm(dist.group.WORLD, timeout_s=30)
-    number = registry.register(transport)
+    number = transport.register(reference.ReferenceTransport(dist.group.WORLD))
     yield number
-    registry.unregister(number)
-    transport.close()
+    transport.unregister(number)
     dist.destroy_process_group()
 
 
@@ -48,6 +45,17 @@ def test_gradients(number):
         return library.combine(number, rows * rows * row_probs[:, None], map, EXPERTS, NUM_LOCAL)
 
     assert torch.autograd.gradcheck(there_and_back, tokens())
+
+
+def test_rows_are_in_expert_order_and_padded(number):
+    x, probs = tokens()
+    rows, row_probs, tokens_per_expert, _ = library.dispatch(number, x, EXPERTS, probs, NUM_LOCAL, 2)
+    assert tokens_per_expert.tolist() == [2, 2, 2, 2]
+    order = [0, 4, 1, 4, 0, 3, 3]
+    assert torch.equal(rows[:7], x[order])
+    assert torch.equal(row_probs[:7], probs[order, [0, 0, 0, 1, 1, 0, 1]])
+    assert not rows[7].any()
+    assert row_probs[7] == 0
 
 
 def test_without_loss_through_probs_or_rows(number):

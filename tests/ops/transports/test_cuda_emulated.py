@@ -1,19 +1,20 @@
 """The CUDA transport between real processes: the emulated kernels over memory that the ranks share, against plain indexing."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops import library as ops
-from megatron_scalemoe.ops import native
 from megatron_scalemoe.ops.transports.cuda import CudaTransport, SymmetricBuffers
 from megatron_scalemoe.ops.transports.registry import register, unregister
-from megatron_scalemoe.ops.transports.shm import open_shm
 from tests.ops.transports.emulated import CPU, build_library, load_library
 from tests.ops.transports.exchange_cases import Case, differing, expected_outputs, make_inputs, run_operations
+from tests.ops.transports.reference import ReferenceTransport
 from tests.rank_pool import pool
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")
@@ -60,10 +61,10 @@ def test_every_operation_is_exact(built, tmp_path, name):
 
 
 def differentiate(built: Path, folder: Path, case: Case) -> list[bool]:
-    """Whether y and the gradients through the registered ops equal those over shared memory."""
+    """Whether y and the gradients through the registered ops equal those over collectives."""
     inputs = make_inputs(case, dist.get_rank())
     results = []
-    for transport in (open_emulated(built, folder, case, timeout_s=30), open_shm(dist.group.WORLD, timeout_s=30)):
+    for transport in (open_emulated(built, folder, case, timeout_s=30), ReferenceTransport(dist.group.WORLD)):
         number = register(transport)
         x, probs = inputs.x.clone().requires_grad_(), inputs.probs.clone().requires_grad_()
         rows, row_probs, counts, map = ops.dispatch(number, x, inputs.experts, probs, case.num_local, case.alignment)
@@ -77,8 +78,32 @@ def differentiate(built: Path, folder: Path, case: Case) -> list[bool]:
     return [torch.equal(*pair) for pair in zip(*results, strict=True)]
 
 
-@pytest.mark.skipif(native.cpu() is None, reason=str(native.why_not("cpu")))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_through_the_ops(built, tmp_path, dtype):
     case = Case(ranks=2, top_k=3, num_local=2, tokens=(30, 12), dtype=dtype)
     assert pool(2).run(differentiate, built, tmp_path, case) == [[True] * 3] * 2
+
+
+def one_stays_away(built: Path, folder: Path, case: Case) -> tuple[str, float]:
+    """Rank 1 does not call the second dispatch. The error of this rank, and how long it took."""
+    transport, rank = open_emulated(built, folder, case, timeout_s=0.3), dist.get_rank()
+    inputs = make_inputs(case, rank)
+    arguments = (inputs.x, inputs.experts, inputs.probs, case.num_local, 1)
+    transport.dispatch(*arguments)
+    transport.check()
+    start, message = time.monotonic(), ""
+    if rank != 1:
+        transport.dispatch(*arguments)
+        try:
+            transport.check()
+        except ScaleMoEError as error:
+            message = str(error)
+    dist.barrier()
+    transport.close()
+    return message, time.monotonic() - start
+
+
+def test_a_rank_that_stays_away_is_named_in_time(built, tmp_path):
+    (message, took), (none, _), (other, _) = pool(4).run(one_stays_away, built, tmp_path, Case(ranks=4))[:3]
+    assert "ranks [1] did not get to the same operation in time" in message and "[1]" in other and none == ""
+    assert took < 10
