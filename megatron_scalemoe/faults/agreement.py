@@ -26,7 +26,8 @@ def check_ranks_agree(settings: Mapping[str, object], group: dist.ProcessGroup |
     """Raises on every rank one `ScaleMoEError` that names each setting whose value differs, its values, and the ranks that have them.
 
     `settings` maps argparse destinations to values, e.g. `vars(args)` without what is meant to differ between ranks. The fields of
-    options `scalemoe` count as settings `scalemoe_*`; the package's own files must be the same, too. Values are compared by their text; order in sets and mappings does not count.
+    options `scalemoe` count as settings `scalemoe_*`; the package's own files must be the same, too. Values are compared by their text;
+    order in sets and mappings does not count.
     Collective over `group` (default: all ranks): it gathers a hash, and everything only if the hashes differ.
     """
     mine = {name: _canonical(value) for name, value in _flat(settings).items()}

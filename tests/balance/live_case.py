@@ -12,7 +12,7 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_scalemoe.balance import replicas
+from megatron_scalemoe.balance import planner, replicas
 from megatron_scalemoe.balance.live import LiveBalance
 from megatron_scalemoe.config import ScaleMoEConfig
 from megatron_scalemoe.errors import ScaleMoEError
@@ -72,10 +72,11 @@ def planned_run(setup: Setup, steps: int, every: int) -> dict:
         losses += training.losses(1)
         live.step_done(step)
         if step % every == 0:
-            live.replan_now(step)
-    plan, events = live.plan, live.events
+            with mock.patch.object(planner, "PLANNING_S", 1.0):
+                live.replan_now(step)
+    plan_hash, events = live.plan.content_hash, live.events
     live.close()
-    return {"losses": losses, "events": events, "hash": plan.content_hash, "replicas": plan.num_replicas.tolist()}
+    return {"losses": losses, "events": events, "hash": plan_hash}
 
 
 def run_with_a_dead_planner(setup: Setup) -> dict:
@@ -139,6 +140,23 @@ def iterations_left_out(setup: Setup) -> list[int]:
     events = [event["iteration"] for event in live.events if event["event"] == "interval"]
     live.close()
     return events
+
+
+def impatient_replans(setup: Setup) -> list[str]:
+    """What `replan_now` leads to: without a planner, before the first step, right after an interval."""
+    said = []
+    for interval, steps in ((0, 1), (2, 0), (2, 2)):
+        training, live = make_live(setup, ScaleMoEConfig(replicas=4, trace_interval=1, replan_interval=interval))
+        for step in range(1, steps + 1):
+            training.losses(1)
+            live.step_done(step)
+        try:
+            live.replan_now(steps)
+            said.append(live.events[-1]["event"] if live.events else "nothing")
+        except ScaleMoEError as error:
+            said.append(error.problem)
+        live.close()
+    return said
 
 
 def plans_that_differ(setup: Setup) -> str:

@@ -22,12 +22,13 @@ from megatron_scalemoe.balance.migrate import migration
 from megatron_scalemoe.balance.migrate import state as state_rows
 from megatron_scalemoe.balance.migrate.migration import migrate_homes
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.mcore.checkpoint.checkpoint import save_checkpoint
 from megatron_scalemoe.mcore.checkpoint.optimizer import optimizer_parts
 from megatron_scalemoe.mcore.layers import expert_state
 from megatron_scalemoe.mcore.layers.experts import ScaleMoEGroupedMLP
 from megatron_scalemoe.mcore.live_model import megatron_groups
 from megatron_scalemoe.plan.placement_plan import PlacementPlan
-from tests.mcore.layers.experts_case import layer_training, save_checkpoint, stored_differences
+from tests.mcore.checkpoint.checkpoint_case import stored_differences
 
 State = dict[tuple, torch.Tensor]  # (layer, logical expert, expert-tensor-parallel rank, parameter, tensor) -> flat values
 
@@ -60,22 +61,16 @@ def trained_run(steps: int = 2, **options) -> Run:
     """A tiny GPT of 2 layers after some steps."""
     training = Training(Setup(scalemoe_experts="grouped", **options))
     training.losses(steps)
-    return _run(training.model, training.optimizer, num_layers=2)
+    return _run(training)
 
 
-def trained_layer(**options) -> Run:
-    """One MoE layer after some steps."""
-    training = layer_training(grouped=True, **options)
-    training.losses(2)
-    return _run(training.model, training.optimizer, num_layers=1)
-
-
-def _run(model: torch.nn.Module, optimizer: Any, num_layers: int) -> Run:
+def _run(training: Training) -> Run:
+    model = training.model
     experts = {module.layer_number - 1: module.experts for module in model.modules() if isinstance(module, MoELayer)}
     assert all(isinstance(module, ScaleMoEGroupedMLP) for module in experts.values())
     one = next(iter(experts.values()))
-    plan = PlacementPlan.contiguous(num_layers, one.ep_group.size(), one.ep_group.size() * one.num_local_experts)
-    return Run(model, optimizer, experts, plan)
+    plan = PlacementPlan.contiguous(2, one.ep_group.size(), one.ep_group.size() * one.num_local_experts)
+    return Run(model, training.optimizer, experts, plan)
 
 
 def shuffled(plan: PlacementPlan, seed: int, within_ranks: bool = False) -> PlacementPlan:
@@ -156,9 +151,9 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-def migrate(options: dict, seed: int, *, layer: bool = False, within_ranks: bool = False, gathered: bool = True) -> dict:
+def migrate(options: dict, seed: int, *, within_ranks: bool = False, gathered: bool = True) -> dict:
     """Migrates there and back; what a test wants to know of it."""
-    run = trained_layer(**options) if layer else trained_run(**options)
+    run = trained_run(**options)
     before = state_of(run, whole_weights=gathered)
     new = shuffled(run.plan, seed, within_ranks)
     reason = run.migrate(new)
@@ -186,7 +181,7 @@ def losses_after_a_round_trip(options: dict) -> tuple[list[float], list[float], 
     want = Training(Setup(scalemoe_experts="grouped", **options)).losses(4)
     training = Training(Setup(scalemoe_experts="grouped", **options))
     got = training.losses(2)
-    run = _run(training.model, training.optimizer, num_layers=2)
+    run = _run(training)
     old_weights = _has_old_weights(run)
     new = shuffled(run.plan, 5)
     assert run.migrate(new) == dataclasses.replace(run, plan=new).migrate(run.plan) == ""

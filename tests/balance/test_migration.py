@@ -1,7 +1,6 @@
 """Migration of expert homes: bitwise the same state by logical expert, for every optimizer; all or nothing with planted faults."""
 
 import pytest
-import torch
 
 from tests.rank_pool import pool
 
@@ -37,26 +36,28 @@ def test_two_ranks(options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"ep": 4, **DISTRIBUTED}, {"ep": 2, "bf16": True, **DISTRIBUTED}, {"ep": 2, "tp": 2, **DISTRIBUTED}, {"ep": 2, "pp": 2, "bf16": True}],
+    [
+        {"ep": 4, **DISTRIBUTED},
+        {"ep": 2, "bf16": True, **DISTRIBUTED},
+        {"ep": 2, "tp": 2, **DISTRIBUTED},
+        {"ep": 2, "tp": 2, "expert_tp": 2, "bf16": True, **DISTRIBUTED},
+        {"ep": 2, "pp": 2, "bf16": True},
+    ],
     ids=str,
 )
 def test_four_ranks(options):
     check(on_ranks(4, "migrate", options, seed=2))
 
 
-def test_an_expert_cut_by_the_distributed_optimizer():
-    layer = (("gated_linear_unit", True), ("moe_shared_expert_intermediate_size", 32))
-    results = on_ranks(4, "migrate", {"ep": 2, "experts": 6, "options": layer, **DISTRIBUTED}, seed=1, layer=True)
-    check(results)
-    assert any(result["cut"] for result in results)
-
-
 OVERLAP = {"ep": 2, "overlap": True, "bf16": True, **DISTRIBUTED}
 
 
-def test_weights_that_are_not_gathered_yet():
+def test_weights_that_are_not_gathered_yet_and_experts_cut_by_the_distributed_optimizer():
     """With overlap, the other ranks' shares of the weights are those of the step before until the next forward."""
-    check(on_ranks(4, "migrate", OVERLAP, seed=2, gathered=False))
+    moves_every_expert = 3
+    results = on_ranks(4, "migrate", {**OVERLAP, "experts": 6}, seed=moves_every_expert, gathered=False)
+    check(results)
+    assert any(result["cut"] for result in results)
 
 
 @pytest.mark.parametrize(("ranks", "options"), [(2, {"ep": 2}), (4, OVERLAP)], ids=str)
@@ -71,13 +72,8 @@ def test_checkpoints_are_the_same(ranks, options, tmp_path):
     assert on_ranks(ranks, "checkpoint_differences", tmp_path, {"ep": 2, **options}) == [[]] * ranks
 
 
-def test_expert_tensor_parallel():
-    check(on_ranks(4, "migrate", {"ep": 2, "tp": 2, "expert_tp": 2, "dtype": torch.bfloat16, **DISTRIBUTED}, seed=1, layer=True))
-
-
-@pytest.mark.parametrize("options", [{"ep": 2, "bf16": True}, {"ep": 1, **DISTRIBUTED}], ids=str)
-def test_slots_within_ranks(options):
-    results = on_ranks(2, "migrate", options, seed=1, within_ranks=True)
+def test_slots_within_ranks():
+    results = on_ranks(2, "migrate", {"ep": 1, **DISTRIBUTED}, seed=1, within_ranks=True)
     check(results)
     assert results[0]["moves"] == 0
 

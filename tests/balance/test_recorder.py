@@ -24,10 +24,10 @@ def test_a_recorded_step_is_the_mean_micro_batch_of_its_iterations(monkeypatch):
     monkeypatch.setattr(recorder.dist, "all_reduce", lambda counts, group: counts.mul_(2))
     router = SimpleNamespace(tokens_per_expert=torch.zeros(2, dtype=torch.int64))
     groups = SimpleNamespace(ep=Group(2, 1), stage=Group(4), expert_tp=Group(1))
-    recording = recorder.RoutingRecorder([router], groups, MoESizes(2, 1, 8, 8, False, torch.float32, False), micro_batches=4)
-    for iteration in (1, 2, 3):
-        router.tokens_per_expert += torch.tensor([8, 16])
-        recording.end_step()
+    recording = recorder.RoutingRecorder([router], groups, MoESizes(2, 1, 8, 8, False, torch.float32, False))
+    for iteration, micro_batches in ((1, 2), (2, 4), (3, 4)):  # a batch that grows
+        router.tokens_per_expert += torch.tensor([2, 4]) * micro_batches
+        recording.end_step(micro_batches)
         if iteration != 2:
             recording.mark(iteration)
     trace = recording.gather()

@@ -1,5 +1,7 @@
 """Global batches keep their sequences, only other ranks compute them; the table learns what the routers chose; the loss stays."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch.distributed as dist
@@ -123,62 +125,45 @@ def test_the_default_order_before_anything_is_known():
     assert pool(2).run(before_use) == [np.arange(PER_RANK).reshape(MICRO_BATCHES, -1).tolist()] * 2
 
 
-def in_case(function: str, *args, **options):
+def on_ranks(ranks: int, function: str, *args, **kwargs) -> list:
+    return pool(ranks).run(functools.partial(in_case, function, **kwargs), *args)
+
+
+def in_case(function: str, *args, **kwargs):
+    """args: options of a Setup become one."""
     from tests.balance import sampler_case
 
-    options = {name: sampler_case.Setup(**value) if name == "setup" else value for name, value in options.items()}
-    return getattr(sampler_case, function)(*args, **options)
-
-
-def learnt(options: dict) -> dict:
-    return in_case("learnt_counts", setup=options)
+    args = [sampler_case.Setup(**arg) if isinstance(arg, dict) else arg for arg in args]
+    return getattr(sampler_case, function)(*args, **kwargs)
 
 
 @pytest.mark.parametrize(("ranks", "options"), [(2, {"ep": 2, "tp": 2}), (2, {"ep": 2, "recompute": True}), (4, {"ep": 2, "pp": 2})])
 def test_every_token_is_learnt_once(ranks, options):
-    for result in pool(ranks).run(learnt, options):
+    for result in on_ranks(ranks, "learnt_counts", options):
         np.testing.assert_array_equal(result["learnt"].sum(axis=2), 2 * result["histogram"][:, None] * np.ones((1, 2)))
         np.testing.assert_array_equal(result["again"], result["learnt"])
 
 
-def against_oracle():
-    return in_case("learnt_against_oracle")
-
-
 def test_tokens_meet_their_own_experts_in_the_table():
-    for mine, expected in pool(2).run(against_oracle):
+    for mine, expected in on_ranks(2, "learnt_against_oracle"):
         np.testing.assert_array_equal(mine, expected)
 
 
-def in_evaluation():
-    return in_case("learns_in_evaluation")
-
-
 def test_evaluation_teaches_nothing():
-    assert pool(2).run(in_evaluation) == [0.0, 0.0]
+    assert on_ranks(2, "learns_in_evaluation") == [0.0, 0.0]
 
 
-def losses(options: dict, placed: bool) -> tuple:
-    return in_case("placed_losses", setup=options, steps=6, placed=placed)
-
-
-@pytest.mark.parametrize(("ranks", "options"), [(2, {"ep": 2}), (4, {"ep": 2, "pp": 2})])
-def test_the_loss_does_not_change(ranks, options):
-    """Also when a pipeline's first and last stage must load the same sequences."""
-    stock, _ = pool(ranks).run(losses, options, False)[0]
-    placed, moved = pool(ranks).run(losses, options, True)[0]
+def test_the_loss_does_not_change_when_the_stages_of_a_pipeline_load_placed_sequences():
+    """They must be the same on the first and the last stage. Without a pipeline: test_live.py."""
+    (stock, _), (placed, moved) = (on_ranks(4, "placed_losses", {"ep": 2, "pp": 2}, 6, placed=placed)[0] for placed in (False, True))
     assert moved > 4
     np.testing.assert_allclose(placed, stock, rtol=1e-5)
-
-
-def measured(use_history: bool) -> dict:
-    return in_case("shares", use_history)
 
 
 @pytest.mark.parametrize("use_history", [False, True])
 def test_more_of_a_models_selections_are_local(use_history):
     """Measured in the routers, on data of two topics."""
-    first, second = pool(2).run(measured, use_history)
+    first, second = on_ranks(2, "shares", use_history)
     assert first == second
     assert first["default"] == pytest.approx(0.5, abs=0.08)
     assert first["placed"] > first["default"] + 0.05

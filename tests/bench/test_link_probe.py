@@ -1,6 +1,5 @@
 """The probe on ranks that exist: every pair, plausible times, the same result everywhere."""
 
-import argparse
 import json
 import time
 
@@ -36,7 +35,7 @@ def probe_with_slow_messages() -> dict:
 
 
 def test_all_ranks_get_every_pair_in_both_directions():
-    results = pool(4).run(probe, 5)
+    results = pool(4).run(probe, 3)
     assert results[0] == results[3]
     ends = [(pair["source"], pair["destination"]) for pair in results[0]["pairs"]]
     assert ends == [(i, j) for i in range(4) for j in range(4) if i != j]
@@ -55,22 +54,10 @@ def test_the_directions_of_a_pair_are_told_apart():
     assert there["time_us"][0] < 5e3
 
 
-def test_one_iteration_is_enough_to_run():
-    assert len(pool(2).run(probe, 1)[0]["pairs"]) == 2
-
-
 def test_the_worker_writes_a_file_that_reads_back(tmp_path):
     path = tmp_path / "probe.json"
     sizes = ["--sizes", "1024", "8388608"]
-    run_ranks(WORKER, [*sizes, "--iters", "5", "--result-file", str(path)], ranks=2, timeout=120, quiet=True)
+    run_ranks(WORKER, [*sizes, "--iters", "1", "--result-file", str(path)], ranks=2, timeout=120, quiet=True)
     measurement = read_measurement(path)
     assert [(p.source, p.target) for p in measurement.pairs] == [(0, 1), (1, 0)]
     assert json.loads(path.read_text())["device"] == "cpu"
-
-
-def test_the_worker_describes_its_flags(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["link_probe", "--result-file", "x.json"])
-    args = link_probe._parse_args()
-    assert isinstance(args, argparse.Namespace)
-    assert args.sizes[0] == 1 << 10
-    assert args.sizes == sorted(set(args.sizes))

@@ -16,7 +16,6 @@ import yaml
 from megatron_scalemoe.cli.main import main
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.job import flags as job_flags
-from megatron_scalemoe.job.checks import check_job
 from megatron_scalemoe.job.flags import flag_words, why_unchecked
 from megatron_scalemoe.job.job_file import load_job
 from megatron_scalemoe.job.sections import PROGRAMS, SECTIONS, ClusterSection
@@ -241,17 +240,6 @@ def test_an_uneven_pipeline_may_be_given(capsys, job_file, sizes):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_examples_are_consistent(capsys, path):
     assert flags_of(capsys, path)["--moe-dispatcher"] == ["scalemoe"]
-
-
-@pytest.mark.parametrize("kind", ["gpt", "bert"])
-def test_the_papers_settings(kind):
-    for experts in (32, 64, 128):
-        job = load_job(ROOT / "examples" / "configs" / f"paper_{kind}_{experts}.yaml")
-        content = job.content
-        assert (content.model.hidden_size, content.model.num_layers, content.model.seq_length) == (768, 12, 128)
-        assert (content.moe.num_experts, content.moe.moe_router_topk, content.training.global_batch_size) == (experts, 2, 512)
-        assert check_job(job)["ranks"] == 32
-        assert content.program == ("megatron_lm" if kind == "gpt" else "bert_moe")
 
 
 @pytest.mark.parametrize("name", ["tiny_cpu", "paper_bert_64"])

@@ -1,8 +1,11 @@
 """`scalemoe launch` and the scripts in examples/slurm: what is written into them, and what they run. SLURM's commands are stand-ins."""
 
+import copy
+import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_scalemoe.cli import launch
 from megatron_scalemoe.cli.main import main
@@ -149,6 +153,37 @@ def test_directives(capsys, job_file):
     assert (gpus["gpus-per-node"], gpus["ntasks-per-node"], gpus["partition"]) == ("1", "1", "big")
     assert gpus["job-name"] == "scalemoe-job-topology"
     assert "signal" not in gpus
+
+
+TEXT_FIELDS = ("job_name", "memory", "time", "partition", "account", "qos", "run_dir", "venv", "container")
+PAYLOADS = ("touch PWNED", "$(touch PWNED)", "`touch PWNED`", "'; touch PWNED; '", ")\ntouch PWNED\nX=(", "${IFS:0:0}$(touch PWNED)")
+CONTROLS = ("", "\n", "\r", "\x0b", "\x85", "\u2028", "\x1b")
+
+
+@pytest.mark.parametrize("field", [*TEXT_FIELDS, "mounts", "extra_flags", "model", "moe", "megatron_lm_path", "the file's name"])
+def test_nothing_of_a_job_is_run_when_its_script_is(capsys, job_file, field):
+    """Refused, or text where it stands."""
+    job = yaml.safe_load(JOB)
+    for control, payload in itertools.product(CONTROLS, PAYLOADS):
+        changed, path, text = copy.deepcopy(job), "job.yaml", f"x{control}{payload}"
+        if field == "the file's name":
+            path = text
+        elif field in ("model", "moe"):
+            changed.setdefault(field, {})["some_flag"] = text
+        elif field == "extra_flags":
+            changed[field] = ["--a", text]
+        else:
+            changed["cluster"][field] = [text] if field == "mounts" else text
+        Path(path).write_text(yaml.safe_dump(changed))
+        code = main(["launch", "--config", path, "--dry-run"])
+        script = capsys.readouterr().out
+        Path(path).unlink()
+        assert code == 1 or (code == 0 and not control)
+        if code == 0:
+            block = script[: script.index("END OF USER CONFIGURATION")]
+            subprocess.run(["bash", "-c", f"SLURM_SUBMIT_DIR=. SLURM_JOB_NAME=n SLURM_JOB_ID=1\n{block}"], timeout=30, check=True)
+            assert all(len(shlex.split(line)) == 2 for line in script.splitlines() if line.startswith("#SBATCH"))
+            assert not Path("PWNED").exists()
 
 
 @pytest.mark.parametrize("script", sbatch.SCRIPTS)

@@ -148,11 +148,3 @@ def test_summary_draws_a_picture(capsys, tmp_path):
     code, _, err = scalemoe(capsys, "trace", "summary", path, "--plot", tmp_path / "p.gif")
     assert code == 1
     assert "--plot: must end in .svg, .png, .pdf" in err
-
-
-def test_a_damaged_trace_is_a_user_error(capsys, tmp_path):
-    path = tmp_path / "t.npz"
-    path.write_bytes(b"PK")
-    code, out, err = scalemoe(capsys, "trace", "summary", path)
-    assert (code, out) == (1, "")
-    assert err.startswith(f"scalemoe: error: {path}: not a readable npz file")

@@ -78,9 +78,7 @@ def test_one_size_is_not_enough(tmp_path):
     ("content", "place"),
     [
         ('{"rows": 3}', "rows: must be a list"),
-        ('{"rows": [3]}', "rows.0: must be a mapping"),
         ('{"rows": [{"dispatcher": "scalemoe", "ranks": 0, "median_ms": 1}]}', "rows.0.ranks: must be 1 or more"),
-        ('{"rows": [\n{"dispatcher": "scalemoe",\n"ranks": "two"}]}', "bench.json:3: rows.0.ranks: must be an integer"),
         ('{"rows": [{"dispatcher": "scalemoe", "ranks": 2, "median_ms": NaN}]}', "bench.json"),
         ("{}", "'rows' is missing"),
     ],

@@ -18,21 +18,9 @@ from megatron_scalemoe.topology.routes import compute_routes
 from megatron_scalemoe.traffic.matrices import rows_between_ranks
 from megatron_scalemoe.traffic.trace import LayerTraffic, RoutingTrace
 from tests.cost.cluster import equal_nodes, star_cluster
+from tests.placement.tiny import routed_layer
 
 COST = CostModel(hidden_size=512, ffn_hidden_size=128, exchange_overhead_us=3.0, gpu_TFLOPs=1.0)
-
-
-def random_traffic(rng: np.random.Generator, ranks: int, experts: int, topk: int = 2) -> LayerTraffic:
-    """Drawn token by token, so that counts and co-activation belong together."""
-    counts, pairs = np.zeros((ranks, experts)), np.zeros((experts, experts))
-    popularity = rng.dirichlet(np.full(experts, 0.5)) + 1e-3
-    for rank in range(ranks):
-        for _ in range(30):
-            chosen = rng.choice(experts, topk, replace=False, p=popularity / popularity.sum())
-            counts[rank, chosen] += 1
-            pairs[np.ix_(chosen, chosen)] += 1
-    np.fill_diagonal(pairs, 0)
-    return LayerTraffic(counts, pairs, counts.sum(axis=0)[None], topk)
 
 
 def tokens_to_homes(traffic: LayerTraffic, slots_P: np.ndarray) -> np.ndarray:
@@ -63,7 +51,7 @@ def test_flat_exchange_without_deduplication_is_that_of_adding_up_pair_by_pair(s
     rng = np.random.default_rng(seed)
     topology = star_cluster(equal_nodes(nodes, per_node), seed=seed)
     ranks = topology.num_ranks
-    traffic, slots = random_traffic(rng, ranks, 2 * ranks), rng.permutation(2 * ranks)
+    traffic, slots = routed_layer(rng, ranks, 2 * ranks, 2), rng.permutation(2 * ranks)
     cost = COST.replaced(deduplicate=False)
     bytes_GG = traffic.counts[:, slots].reshape(ranks, ranks, 2).sum(axis=2) * cost.row_bytes
     result = cost_of(topology, traffic, slots, cost)
@@ -85,7 +73,7 @@ def test_relabelling_ranks_together_with_the_topology_changes_no_cost(seed, exch
         machine = np.array([machine for machine, _ in gpus])[order]
         for node in range(3):
             order[machine == node] = np.sort(order[machine == node])
-    traffic, slots = random_traffic(rng, 6, 12), np.append(rng.permutation(12), np.full(6, EMPTY)).reshape(3, 6).T.reshape(-1)
+    traffic, slots = routed_layer(rng, 6, 12, 2), np.append(rng.permutation(12), np.full(6, EMPTY)).reshape(3, 6).T.reshape(-1)
     relabelled = dataclasses.replace(traffic, counts=traffic.counts[order])
     cost = COST.replaced(exchange=exchange, deduplicate=deduplicate)
     before = cost_of(star_cluster(gpus, seed=seed), traffic, slots, cost)
@@ -102,7 +90,7 @@ def test_links_never_take_less_time_than_ports(seed, nodes, per_node):
     rng = np.random.default_rng(seed)
     topology = star_cluster(equal_nodes(nodes, per_node), seed=seed)
     ranks, routes = topology.num_ranks, compute_routes(topology)
-    traffic, slots = random_traffic(rng, ranks, 2 * ranks), rng.permutation(2 * ranks)
+    traffic, slots = routed_layer(rng, ranks, 2 * ranks, 2), rng.permutation(2 * ranks)
     rows_GG = rows_between_ranks(tokens_to_homes(traffic, slots), slots, ranks, traffic)
     ports = ports_of(topology, routes)
     result = cost_of(topology, traffic, slots)
@@ -113,7 +101,7 @@ def test_links_never_take_less_time_than_ports(seed, nodes, per_node):
 def test_deduplicated_2dh_sends_fewer_bytes_between_nodes_than_flat_and_flat_fewer_than_selections():
     rng = np.random.default_rng(1)
     topology = star_cluster(equal_nodes(2, 4))
-    traffic, slots = random_traffic(rng, 8, 16, topk=6), np.arange(16)
+    traffic, slots = routed_layer(rng, 8, 16, 6), np.arange(16)
     sent = {
         (exchange, deduplicate): cost_of(
             topology, traffic, slots, COST.replaced(exchange=exchange, deduplicate=deduplicate)
@@ -126,7 +114,7 @@ def test_deduplicated_2dh_sends_fewer_bytes_between_nodes_than_flat_and_flat_few
 
 
 def test_a_node_throttled_to_half_doubles_the_time_of_its_links():
-    traffic, slots = random_traffic(np.random.default_rng(2), 4, 8), np.arange(8)
+    traffic, slots = routed_layer(np.random.default_rng(2), 4, 8, 2), np.arange(8)
     topology = star_cluster(equal_nodes(2, 2))
     throttled = topology.overridden(Override("node1", scale=0.5))
     before, after = cost_of(topology, traffic, slots).busy_us_X, cost_of(throttled, traffic, slots).busy_us_X
@@ -135,7 +123,7 @@ def test_a_node_throttled_to_half_doubles_the_time_of_its_links():
 
 
 def test_overlap_hides_the_shorter_part():
-    traffic, slots = random_traffic(np.random.default_rng(3), 4, 8), np.arange(8)
+    traffic, slots = routed_layer(np.random.default_rng(3), 4, 8, 2), np.arange(8)
     topology = star_cluster(equal_nodes(2, 2))
     apart = cost_of(topology, traffic, slots)
     hidden = cost_of(topology, traffic, slots, COST.replaced(overlap=1.0))
@@ -176,7 +164,7 @@ def test_the_price_of_replicas_is_the_way_out_and_the_way_back_over_the_links():
 @pytest.mark.parametrize("exchange", ["flat", "1dh", "2dh"])
 def test_the_fabrics_links_carry_the_bytes_between_nodes_of_all_phases(exchange):
     topology = star_cluster(equal_nodes(2, 3), seed=7)
-    result = cost_of(topology, random_traffic(np.random.default_rng(8), 6, 12), np.arange(12), COST.replaced(exchange=exchange))
+    result = cost_of(topology, routed_layer(np.random.default_rng(8), 6, 12, 2), np.arange(12), COST.replaced(exchange=exchange))
     into_fabric = np.array([target == "fabric" for _, target in topology.links])
     assert (result.busy_us_X * topology.bandwidth_GBps * 1e3)[into_fabric].sum() == pytest.approx(result.bytes_scale_out)
     up = np.array([source.startswith("gpu") and target.startswith("switch") for source, target in topology.links])
@@ -206,10 +194,6 @@ def test_whole_counts_keep_each_ranks_total_and_move_no_count_by_one_or_more(see
     np.testing.assert_allclose(whole.sum(axis=1), np.rint(counts.sum(axis=1)))
 
 
-def test_whole_counts_round_the_largest_fractions_up():
-    np.testing.assert_array_equal(whole_counts(np.array([[0.4, 1.9, 0.7, 0.0]])), [[0, 2, 1, 0]])
-
-
-def test_whole_counts_leave_integers_alone():
-    counts = np.arange(6).reshape(2, 3)
-    np.testing.assert_array_equal(whole_counts(counts.astype(float)), counts)
+def test_whole_counts_round_the_largest_fractions_up_and_leave_integers_alone():
+    counts = np.array([[0.4, 1.9, 0.7, 0.0], [4.0, 0.0, 2.0, 1.0]])
+    np.testing.assert_array_equal(whole_counts(counts), [[0, 2, 1, 0], [4, 0, 2, 1]])

@@ -5,15 +5,10 @@ from hypothesis import strategies as st
 
 from megatron_scalemoe.cost.model import CostModel
 from megatron_scalemoe.cost.replicas import replica_bytes, replica_us
-from megatron_scalemoe.topology.ports import Ports, PortSide, two_level_ports
+from megatron_scalemoe.topology.ports import two_level_ports
+from tests.placement.tiny import random_ports
 
 COST = CostModel(hidden_size=8, ffn_hidden_size=4, micro_batches=4)
-
-
-def random_ports(rng: np.random.Generator, node_of_rank: np.ndarray) -> Ports:
-    ranks, nodes = node_of_rank.size, node_of_rank.max() + 1
-    into, out = (PortSide(*(rng.uniform(1, 100, size) for size in (ranks, ranks, nodes))) for _ in range(2))
-    return Ports(node_of_rank=node_of_rank, into=into, out=out, scale_up_latency_us=1, scale_out_latency_us=5)
 
 
 def replica_us_one_by_one(home_rank, hosts, cost, ports) -> float:
@@ -45,13 +40,6 @@ def test_price_is_that_of_adding_each_transfer_to_its_ports(seed, nodes, per_nod
     home_rank = rng.permutation(np.repeat(np.arange(ranks), 2))
     hosts = (rng.random((ranks * 2, ranks)) < density) | (home_rank[:, None] == np.arange(ranks))
     assert replica_us(home_rank, hosts, COST, ports) == pytest.approx(replica_us_one_by_one(home_rank, hosts, COST, ports), rel=1e-12)
-
-
-def test_homes_alone_cost_nothing():
-    home_rank = np.arange(4)
-    hosts = np.eye(4, dtype=bool)
-    assert replica_us(home_rank, hosts, COST, two_level_ports(2, 2)) == 0.0
-    assert not replica_bytes(home_rank, hosts, COST).any()
 
 
 def test_a_replica_moves_one_expert_out_and_its_gradient_back_shared_by_the_micro_batches():

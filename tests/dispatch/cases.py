@@ -19,7 +19,6 @@ from megatron_scalemoe.ops.transports.registry import register
 from megatron_scalemoe.ops.transports.shm import open_shm
 from megatron_scalemoe.plan.placement_plan import EMPTY
 from megatron_scalemoe.plan.split import split_tokens
-from tests.ops.transports.reference import ReferenceTransport, moe_layer
 from tests.rank_pool import COLLECTIVE_TIMEOUT_S, pool
 
 
@@ -107,8 +106,6 @@ class BoundedDispatcher(RaggedDispatcher):
 @functools.cache
 def transport(kind: str) -> int:
     """Of all ranks of the pool, or of this rank's host; opened once."""
-    if kind == "reference":
-        return register(ReferenceTransport(dist.group.WORLD))
     return register(open_shm(host_groups()[0] if kind == "host" else dist.group.WORLD, COLLECTIVE_TIMEOUT_S))
 
 
@@ -122,7 +119,7 @@ def host_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
 
 
 def make_dispatcher(kind: str, case: Case) -> Dispatcher:
-    """local, ragged, bounded, padded, shm, reference, or hierarchical over ragged or shm; with slots inside a placed one."""
+    """local, ragged, bounded, padded, shm, or hierarchical over ragged or shm; with slots inside a placed one."""
     world = dist.group.WORLD
     sizes = len(case.slots) or case.experts, case.top_k, case.expert_tp_size
     gather_counts = functools.partial(gather_by_collective, world)
@@ -130,7 +127,7 @@ def make_dispatcher(kind: str, case: Case) -> Dispatcher:
         return LocalDispatcher()
     if kind == "padded":
         return PaddedDispatcher(world, *sizes[:2])
-    if kind in ("shm", "reference"):
+    if kind == "shm":
         dispatcher = FusedDispatcher(transport(kind), *sizes)
         gather_counts = functools.partial(library.gather_counts, transport(kind))
     elif kind.startswith("hierarchical"):
@@ -175,12 +172,11 @@ def all_experts_at_hand(case: Case, seed: int) -> dict[str, torch.Tensor]:
     """y and gradients in float64."""
     x, probs, routing_map = make_inputs(case, seed)
     x, probs = x.detach().double().requires_grad_(), probs.detach().double().requires_grad_()
-
-    def in_double(e, xs, ps):
+    y = torch.zeros_like(x)
+    for e in range(case.experts):
+        tokens = routing_map[:, e].nonzero()[:, 0]
         scale = torch.cos(torch.arange(case.hidden, dtype=torch.float32) + e).double()
-        return (torch.tanh(xs) * scale + xs) * ps[:, None]
-
-    y = moe_layer(x, probs, routing_map, in_double)
+        y = y.index_add(0, tokens, (torch.tanh(x[tokens]) * scale + x[tokens]) * probs[tokens, e, None])
     (y * torch.linspace(0.5, 1.5, case.hidden).to(case.dtype).double()).sum().backward()
     return {"y": y.detach(), "grad_x": x.grad, "grad_probs": probs.grad * routing_map}
 

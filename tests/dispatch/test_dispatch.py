@@ -9,7 +9,6 @@ import torch.distributed as dist
 from megatron_scalemoe.dispatch.padded import PaddedDispatcher
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.wire import WireMeter
-from megatron_scalemoe.plan.placement_plan import EMPTY
 from tests.dispatch.cases import CASES, HOSTS, RANKS_PER_HOST, Case, check_cases, make_dispatcher, make_inputs, random_slots, relative_error
 from tests.rank_pool import pool
 
@@ -46,16 +45,6 @@ def test_placements_of_many_copies_and_of_tensor_parallel_experts(kind):
     copies = Case(slots=random_slots(8, 4, 6, seed=0), skew=1.5)
     sharded = Case(expert_tp_size=2, top_k=3, slots=random_slots(8, 2, 2, seed=3))
     check_cases(4, kind, {"every expert everywhere": copies, "tensor-parallel": sharded})
-
-
-def tokens_of(case: Case) -> int:
-    return int(make_dispatcher("ragged", case).dispatch(*make_inputs(case, dist.get_rank()))[1].sum())
-
-
-def test_replicas_even_out_a_skewed_load():
-    """One hot expert on each of four ranks' replica slots: every rank computes a quarter of it."""
-    slots = (0, 1, EMPTY, 2, 3, 0, 4, 5, 0, 6, 7, 0)
-    assert pool(4).run(tokens_of, Case(top_k=1, one_hot_expert=0, slots=slots)) == [48] * 4
 
 
 def several_in_flight(kind: str, order: list[int]) -> list[bool]:

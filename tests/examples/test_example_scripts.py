@@ -1,4 +1,7 @@
-"""The examples' scripts and the quickstart: help and mistakes, and one short run of them all. The venv is a stand-in, without pip."""
+"""The examples' scripts and the quickstart: help and mistakes, and one short run of them all. The venv is a stand-in, without pip.
+
+The quickstart starts its ranks with torchrun, the others have them forked.
+"""
 
 import json
 import os
@@ -16,8 +19,11 @@ SCRIPTS = ("run_baseline", "run_adaptive", "run_kmeans", "run_ga", "run_all", "p
 EXAMPLES = {"gpt_moe": "pretrain_gpt.py", "bert_moe": "pretrain_bert.py"}
 SIZES = {"--num-layers": 1, "--hidden-size": 16, "--ffn-hidden-size": 16, "--seq-length": 16, "--log-interval": 2, "--eval-iters": 1}
 TINY = [str(word) for pair in SIZES.items() for word in pair]
+# FORKED_RANKS: what starts ranks in torchrun's place, and get_data.sh's script, which imports Megatron, too.
 FAKE_PYTHON = """#!/bin/bash
 [[ "$1 $2" != "-m pip" ]] || exit 0
+[[ -z "$FORKED_RANKS" || "${{*:1:4}}" != "-m torch.distributed.run --standalone --nproc_per_node" ]] || exec $FORKED_RANKS "$5" "${{@:7}}"
+[[ -z "$FORKED_RANKS" || "$1" != -W ]] || exec $FORKED_RANKS 1 "${{@:3}}"
 exec {python} "$@"
 """
 
@@ -120,8 +126,9 @@ def losses_of(folder: Path) -> dict[int, float]:
     return {record["iteration"]: record["lm_loss"] for record in history if "lm_loss" in record}
 
 
-def test_all_stages_train_the_same_and_are_reported(checkout):
-    result = run(checkout, "run_all", *TINY, example="bert_moe", RANKS="2", ITERS="8", LOGS="out/logs")
+def test_all_stages_train_the_same_and_are_reported(checkout, ranks_command):
+    settings = {"RANKS": "2", "ITERS": "8", "LOGS": "out/logs", "FORKED_RANKS": " ".join(ranks_command)}
+    result = run(checkout, "run_all", *TINY, example="bert_moe", **settings)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stderr.count("preparing: 2 iterations of stock Megatron on 2 ranks") == 1
     logs = checkout / "out" / "logs"
@@ -142,12 +149,13 @@ def test_all_stages_train_the_same_and_are_reported(checkout):
         assert what in table
 
 
-def test_the_checkpoint_is_stocks_on_the_data_that_is_there(checkout):
+def test_the_checkpoint_is_stocks_on_the_data_that_is_there(checkout, ranks_command):
     (checkout / "poem.txt").write_text("Tyger Tyger, burning bright, in the forests of the night. " * 40)
-    assert run(checkout, "get_data", "poem.txt").returncode == 0
-    assert "is there already" in run(checkout, "get_data", "poem.txt").stderr
+    forked = {"FORKED_RANKS": " ".join(ranks_command)}
+    assert run(checkout, "get_data", "poem.txt", **forked).returncode == 0
+    assert "is there already" in run(checkout, "get_data", "poem.txt", **forked).stderr
     ours = ["--moe-dispatcher=scalemoe", "--scalemoe-replicas", "2"]  # of a stage: not for the checkpoint
-    result = run(checkout, "prepare_checkpoint", *ours, *TINY, RANKS="2", ITERS="4")
+    result = run(checkout, "prepare_checkpoint", *ours, *TINY, RANKS="2", ITERS="4", **forked)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "preparing: 1 iterations of stock Megatron on 2 ranks, to logs/gpt_moe/prepared, on data/text" in result.stderr
     folder = checkout / "logs" / "gpt_moe" / "prepared" / "stock"

@@ -77,11 +77,9 @@ def test_recomputed_activations_have_the_same_dropout():
     assert losses["recomputed"] == losses["plain"]
 
 
-def test_other_layouts_train():
-    """That their losses are right is in test_checkpoint.py, where they start from common weights."""
-    runs = losses_of(2, shared_expert=dict(ep=2, shared_expert=True)) | losses_of(4, pipeline=dict(pp=2, ep=2))
-    for losses in runs.values():
-        assert losses[-1] < losses[0] - 0.05
+def test_shared_experts_train():
+    (losses,) = losses_of(2, shared_expert=dict(ep=2, shared_expert=True)).values()
+    assert losses[-1] < losses[0] - 0.05
 
 
 def test_initial_weights_and_no_warnings_of_rng_forks():

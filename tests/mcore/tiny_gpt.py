@@ -41,6 +41,7 @@ class Setup:
     dropout: float = 0.0
     recompute: bool = False
     shared_expert: bool = False
+    swiglu: bool = False
     scalemoe_experts: str | None = None  # with a value: ScaleMoE's layers with these experts, instead of stock Megatron's
     scalemoe: ScaleMoEConfig | None = None  # the same with any options
     micro_batches: int = 2
@@ -104,6 +105,8 @@ def _config(setup: Setup) -> TransformerConfig:
         options.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     if setup.shared_expert:
         options.update(moe_shared_expert_intermediate_size=32, moe_shared_expert_overlap=True)
+    if setup.swiglu:
+        options.update(gated_linear_unit=True, activation_func=torch.nn.functional.silu)
     return TransformerConfig(
         num_layers=2,
         hidden_size=32,

@@ -22,10 +22,3 @@ def test_parts_come_back_bitwise(num_rows, parts):
         assert column.dtype == value.dtype
         assert torch.equal(column, value)
     assert layout.row_bytes % ROW_ALIGN_BYTES == 0
-
-
-def test_metadata_is_small():
-    for dtype, top_k in ((torch.float32, 2), (torch.bfloat16, 2), (torch.bfloat16, 8)):
-        row_bytes = 1024 * dtype.itemsize
-        layout = payload_layout((1024, dtype), (top_k, torch.float32), (top_k, torch.int16))
-        assert (layout.row_bytes - row_bytes) / row_bytes < 0.03

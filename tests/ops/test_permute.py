@@ -91,21 +91,6 @@ def test_what_is_traced_is_plain_torch(implementation):
     assert torch.equal(traced(*example), there_and_back(*example))
 
 
-def test_order_is_ascending_within_a_source_row():
-    rows = row_map(torch.tensor([2, 0, 2, 0, 0]), 4)
-    assert rows.num_rows == 4
-    assert rows.order_M.tolist() == [1, 3, 4, 0, 2]
-    assert rows.offsets.tolist() == [0, 3, 3, 5, 5]
-
-
-def test_bf16_sums_are_rounded_once_and_ties_to_even():
-    many = torch.full((1001, 8), 1.0, dtype=torch.bfloat16)  # adding 1 to 256 in bf16 changes nothing
-    total = unpermute(many, row_map(torch.zeros(1001, dtype=torch.int64), 1))
-    assert total[0, 0].item() == torch.tensor(1001.0, dtype=torch.bfloat16).item()
-    tie = torch.tensor([[256.0], [1.0], [258.0], [1.0]], dtype=torch.bfloat16)
-    assert unpermute(tie, row_map(torch.tensor([0, 0, 1, 1]), 2)).tolist() == [[256.0], [260.0]]
-
-
 def test_strided_rows():
     wide = torch.randn(6, 10)
     rows = row_map(torch.tensor([5, 0, 3]), 6)

@@ -35,19 +35,15 @@ def test_tensors_are_as_asked_and_memory_comes_again():
     assert pool.idle_bytes == 6 * MIB, "small tensors are torch's own"
 
 
-@pytest.mark.parametrize("in_thread", [False, True])
-def test_autograd_keeps_a_block_until_the_backward_pass(in_thread):
+def test_autograd_keeps_a_block_until_the_backward_pass_in_any_thread():
     pool = Pool()
     weight = torch.ones(2 * MIB, requires_grad=True)
     loss = (weight * floats(pool, 8).fill_(3)).sum()
     gc.collect()
     assert pool.idle_bytes == 0
-    if in_thread:
-        thread = threading.Thread(target=loss.backward)
-        thread.start()
-        thread.join(30)
-    else:
-        loss.backward()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join(30)
     assert pool.idle_bytes == 8 * MIB
     assert weight.grad[0] == 3
 

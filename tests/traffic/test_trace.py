@@ -2,6 +2,8 @@
 
 import io
 import json
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,13 +27,11 @@ PAIRS = np.array([[[6.0, 2, 1], [2, 8, 3], [1, 3, 10]]])
         ({"counts": COUNTS - 1}, "counts must be 0 or more, and fit int32\n  found: -1"),
         ({"counts": COUNTS + 2**31}, "fit int32"),
         ({"coactivation": PAIRS[0]}, r"coactivation must be numbers \[layers, experts, experts\] = \(1, 3, 3\)"),
-        ({"coactivation": PAIRS.astype(str)}, "coactivation must be numbers"),
         ({"coactivation": PAIRS * [1, 1, np.nan]}, "symmetric, finite and 0 or more"),
         ({"coactivation": -PAIRS}, "symmetric, finite and 0 or more"),
         ({"coactivation": PAIRS * [1, 2, 3]}, "symmetric"),
         ({"meta": {"topk": 4}}, "meta: topk: must be 1 to the 3 experts"),
         ({"meta": {"topk": "2"}}, "meta: topk: must be an integer"),
-        ({"meta": {"topk": True}}, "meta: topk: must be an integer"),
         ({"meta": {"topk": 0}}, "meta: topk: must be 1 or more"),
         ({"meta": {"iterations": [1]}}, "meta: iterations: must name one iteration"),
         ({"meta": {"iterations": [1, 2.5]}}, "meta: iterations.1: must be an integer"),
@@ -111,14 +111,12 @@ def npz(**arrays: object) -> bytes:
     ("content", "message"),
     [
         (b"", "t.npz: not a readable npz file"),
-        (b"not a zip", "t.npz: not a readable npz file"),
         (npz(counts=COUNTS)[:-30], "t.npz: not a readable npz file"),
         (npz(count=COUNTS), r"t.npz: counts: the array is missing\n  found: arrays \['count'\]"),
         (npz(counts=COUNTS.astype(float)), "t.npz: counts must be integers"),
         (npz(counts=COUNTS, coactivation=PAIRS[:, :2]), "t.npz: coactivation must be numbers"),
         (npz(counts=COUNTS, meta=np.array("{")), "t.npz: meta: must be JSON text"),
         (npz(counts=COUNTS, meta=np.array("[]")), "t.npz: meta: must be a JSON mapping"),
-        (npz(counts=COUNTS, meta=np.zeros((2, 2))), "t.npz: meta: must be"),
         (npz(counts=COUNTS, meta=np.array(json.dumps({"schema_version": 2}))), "meta: schema_version: must be 1"),
         (npz(counts=COUNTS, meta=np.array(json.dumps({"topk": 9}))), "t.npz: meta: topk: must be"),
         (npz(counts=np.array([object()])), "t.npz: not a readable npz file"),
@@ -129,3 +127,26 @@ def test_errors_name_the_file_and_the_array(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ScaleMoEError, match=message):
         load_trace(path)
+
+
+def with_member(path: Path, name: str, declared: tuple[int, ...], held: int) -> Path:
+    """A trace with one more member, or another one, whose header declares a shape of int32 and that holds so many bytes."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i4", "fortran_order": False, "shape": declared})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        if name != "counts":
+            counts = io.BytesIO()
+            np.save(counts, COUNTS)
+            archive.writestr("counts.npy", counts.getvalue())
+        archive.writestr(f"{name}.npy", header.getvalue() + b"\0" * held)
+    return path
+
+
+def test_an_array_is_unpacked_only_if_it_has_the_size_that_it_declares(tmp_path):
+    for declared, held in (((1, 1, 1 << 40, 1), 0), ((1, 1, 2, 3), 20), ((1, 1, 2, 3), 28)):
+        with pytest.raises(ScaleMoEError, match="counts: must have the size that it declares"):
+            load_trace(with_member(tmp_path / "t.npz", "counts", declared, held))
+
+
+def test_other_arrays_are_not_unpacked(tmp_path):
+    assert load_trace(with_member(tmp_path / "t.npz", "huge", (1 << 40,), 0)).num_experts == 3

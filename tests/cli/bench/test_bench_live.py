@@ -44,19 +44,6 @@ def test_the_ranks_get_every_flag(fake_ranks, capsys):
     )
 
 
-def test_table(fake_ranks, capsys):
-    beside = {
-        name: value for name, value in row("live, planner beside").items() if name not in ("step_ms", "tokens_per_s", "ratio_to_stock")
-    }
-    fake_ranks([row("stock"), beside])
-    assert main(["bench", "live"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    figures = ["1.500", "1.500", "1.500", "1.5", "1.5", "1.50", "1.50"]
-    assert lines[2].split() == ["stock", *figures, "20.0", "1000", "0.80", "1.0e-06"]
-    assert lines[3].split() == ["live,", "planner", "beside", *figures, "1.0e-06"]
-    assert lines[4] == "3 plans for live, 1 with a change; each took 2.00 s (median), not in its steps"
-
-
 @pytest.mark.parametrize("error", [2e-4, float("nan")])
 def test_another_loss_fails_the_check(error, fake_ranks, capsys):
     fake_ranks([row("stock"), row("live", max_loss_error=error)])

@@ -127,9 +127,3 @@ def test_what_is_wrong_is_said_in_one_error(failure):
         (["-o", "topo.yaml"], "--output: topo.yaml exists"),
     ):
         assert message in failure(*COMPARE, *flags)
-
-
-def test_a_wrong_choice_of_split_is_a_usage_error(folder, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main([*COMPARE, "--split", "uneven"])
-    assert "invalid choice: 'uneven'" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 import argparse
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +47,6 @@ def test_a_plan_of_the_contiguous_placement_is_as_fast_as_it(run_text):
     output = run_text(*SIMULATE, "--plan", "contiguous")
     assert output.split()[:2] == ["contiguous", "contiguous"]
     assert "As fast as the contiguous placement" in output
-
-
-def test_the_table_has_both_policies_and_says_what_it_means(run_text):
-    output = run_text(*SIMULATE, "--plan", "plan.json", "--gpu-tflops", "0.001")
-    header, *_ = output.splitlines()
-    assert header.split() == ["contiguous", "plan.json"]
-    assert re.search(r"^step +\d+\.\d{3} ms +\d+\.\d{3} ms$", output, re.MULTILINE)
-    assert re.search(r"\d\.\d\dx (faster than|the speed of) the contiguous placement: max/mean rank load \d", output)
 
 
 def test_split_even_waits_longer_than_balanced(run_json):
@@ -106,8 +97,6 @@ def test_what_is_wrong_is_said_in_one_error(failure):
     for flags, expected in (
         (["--plan", "p.json", "--replan-every", "2"], "--replan-every makes a plan"),
         (["--plan", "other.json"], "other.json must be for the 3 layers"),
-        (["--replan-lag", "-1"], "--replan-lag: must be 0 or more"),
-        (["--replan-every", "0"], "--replan-every: must be 1 or more"),
         (["--replan-lag", "5"], "lag 5, 5 recorded steps"),
         (["--time-budget", "nan", "--solver", "greedy"], "--time-budget: must be"),
         (["--hidden-size", "0"], "--hidden-size: must be 1 or more"),

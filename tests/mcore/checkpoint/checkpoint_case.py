@@ -15,6 +15,8 @@ from tests.mcore.tiny_gpt import Setup, Training  # first: it installs the CPU r
 import megatron.core.dist_checkpointing as dist_checkpointing
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.serialization import load_plain_tensors, load_sharded_metadata
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.mcore.checkpoint import checkpoint
@@ -57,11 +59,26 @@ def train_and_save(directory: Path, options: dict) -> Losses:
 
 
 def resume(directory: Path, options: dict, save_to: Path | None = None, **how) -> Losses:
-    """The losses after loading `directory`; `save_to` saves again in between."""
-    training, _ = load(directory, Setup(seed=9, **options), **how)
+    """The losses after loading `directory`; `save_to` saves again in between, which must give the same tensors."""
+    training, loaded = load(directory, Setup(seed=9, **options), **how)
     if save_to:
         save(training, save_to)
+        assert stored_differences(loaded.path, save_to / loaded.path.name) == []
     return training.losses(3)
+
+
+def stored_differences(one: Path, other: Path) -> list[str]:
+    """Keys that are not in both checkpoints with the same shape, type and values; random states, one per rank, aside."""
+    loaded = [load_sharded_metadata(str(path)) for path in (one, other)]
+    entries = [{key: entry for key, entry in found.items() if entry.key != "rng_state"} for found in loaded]
+    different = sorted(entries[0].keys() ^ entries[1].keys())
+    tensors = [load_plain_tensors(str(path)) for path in (one, other)]
+    for key, entry in entries[0].items():
+        if isinstance(entry, ShardedTensor) and key in entries[1]:
+            a, b = tensors[0][key], tensors[1][key]
+            if a.dtype != b.dtype or not torch.equal(a, b):
+                different.append(key)
+    return different
 
 
 def stock_writes(directory: Path, options: dict, metadata: dict) -> Losses:
@@ -119,9 +136,8 @@ def damaged(directory: Path) -> dict[str, str]:
     for name in sorted({"__1_0.distcp", "common.pt", ".metadata", "metadata.json"} & {file.name for file in newest.iterdir()}):
         _on_first_rank(lambda name=name: _truncate(newest / name, directory / "kept"))
         messages[name] = refusal(lambda: load(directory, Setup(ep=2)))
-        _, loaded = load(directory, Setup(ep=2), iteration=1)
-        assert loaded.iteration == 1
         _on_first_rank(lambda name=name: shutil.copy(directory / "kept", newest / name))
+    assert load(directory, Setup(ep=2), iteration=1)[1].iteration == 1
     messages["other experts"] = refusal(lambda: load(directory, Setup(ep=2, experts=4)))
     messages["no such iteration"] = refusal(lambda: load(directory, Setup(ep=2), iteration=7))
     messages["no checkpoint"] = refusal(lambda: load(directory / "nowhere", Setup(ep=2)))

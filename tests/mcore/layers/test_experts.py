@@ -1,7 +1,4 @@
-"""Grouped experts against Megatron's SequentialMLP: weights at start, results, gradients, training, and what a checkpoint holds."""
-
-import tempfile
-from pathlib import Path
+"""Grouped experts against Megatron's SequentialMLP: weights at start, results, gradients, and what a checkpoint holds."""
 
 import pytest
 import torch
@@ -111,57 +108,3 @@ def same_checkpoint_entries(options: tuple, singleton: bool, sharded_offsets: tu
 def test_checkpoint_entries(singleton):
     assert pool(4).run(same_checkpoint_entries, (), singleton, ((0, 1, 3),)) == [4 * 4] * 4
     assert pool(4).run(same_checkpoint_entries, SWIGLU, singleton, ()) == [4 * 5] * 4
-
-
-OPTIMIZERS = {
-    "plain": {},
-    "bf16": {"dtype": torch.bfloat16},
-    "distributed": {"distributed_optimizer": True},
-}
-
-
-def train_save_and_load(directory: str, saver: dict, readers: list[dict]) -> list[dict]:
-    """Trains a layer, saves it, and continues both that run and each reader's; losses, and whether readers save the same checkpoint."""
-    from tests.mcore.layers.experts_case import layer_training, load_checkpoint, save_checkpoint, stored_differences
-
-    training = layer_training(**saver)
-    training.losses(2)
-    first = save_checkpoint(Path(directory) / "first", 2, [training.model], training.optimizer)
-    want, results = training.losses(2), []
-    for number, reader in enumerate(readers):
-        resumed = layer_training(**{**saver, "scale": 1.5, **reader})
-        load_checkpoint(Path(directory) / "first", [resumed.model], resumed.optimizer)
-        again = save_checkpoint(Path(directory) / f"again{number}", 2, [resumed.model], resumed.optimizer)
-        results.append({"want": want, "got": resumed.losses(2), "differences": stored_differences(first, again)})
-    return results
-
-
-def check_round_trip(world_size: int, saver: dict, readers: list[dict]) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        for results in pool(world_size).run(train_save_and_load, directory, saver, readers):
-            for result in results:
-                assert result["differences"] == []
-                assert result["got"] == pytest.approx(result["want"], rel=1e-5)
-
-
-@pytest.mark.parametrize(("name", "grouped_first"), [("plain", False), ("bf16", True), ("distributed", False), ("distributed", True)])
-def test_checkpoint_moves_between_megatron_and_grouped_experts(name, grouped_first):
-    saver = {"ep": 2, "options": SWIGLU, "grouped": grouped_first, **OPTIMIZERS[name]}
-    check_round_trip(2, saver, [{"grouped": not grouped_first}, {"grouped": not grouped_first, "ep": 1}, {}])
-
-
-def test_checkpoint_moves_between_expert_parallel_sizes():
-    check_round_trip(4, {"ep": 4, "grouped": True}, [{"grouped": False, "ep": 2}, {"grouped": False, "ep": 1}])
-
-
-def training_losses(layout: dict) -> list[list[float]]:
-    from tests.mcore.layers.experts_case import layer_training
-
-    return [layer_training(**layout, grouped=grouped).losses(4) for grouped in (False, True)]
-
-
-@pytest.mark.parametrize("layout", [{"ep": 1, "distributed_optimizer": True}, EXPERT_TP], ids=str)
-def test_training_gives_the_same_losses(layout):
-    for sequential, grouped in pool(4).run(training_losses, {**layout, "options": SWIGLU}):
-        assert grouped == pytest.approx(sequential, rel=1e-6)
-        assert len(set(sequential)) == 4

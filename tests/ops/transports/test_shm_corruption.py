@@ -86,8 +86,8 @@ EXPERTS = {
     "after the end": (-1, 0),
 }
 CALLS = {
+    "honest": {},  # the others fail for what they name
     "more tokens than fit": {"tokens": 200_000},
-    "more tokens than int32": {"tokens": 2**40},
     "tokens that overflow": {"tokens": 2**62},
     "negative tokens": {"tokens": -1},
     "other op": {"op": 3},
@@ -100,14 +100,13 @@ CALLS = {
 HALVES = {
     "no descriptor": (-1, 2 << 20),
     "no memfd": (0, 2 << 20),
-    "unknown descriptor": (54321, 2 << 20),
     "no size": (0, 0),
     "huge size": (0, 2**60),
 }
 
 
 def run_played(kind: str, name: str) -> tuple[str, str]:
-    """The error on this rank, and that of its next op."""
+    """The error of the dispatch on rank 0, and that of the next op on this rank."""
     with shm.open_shm(dist.group.WORLD, 0.3 if name == "far behind" else 10.0) as transport:
         if dist.get_rank() == 0:
             transport.gather_counts(torch.arange(4))
@@ -128,10 +127,10 @@ def run_played(kind: str, name: str) -> tuple[str, str]:
                 player.come("dispatch")
             else:
                 player.poison.value = 0xFFFF_FFFF_FFFF_FFFF
-            dist.barrier()  # rank 0 has its error
-            return error_of(transport.gather_counts, torch.arange(4)), ""
-        dist.barrier()
-        return error, error_of(transport.gather_counts, torch.arange(4))
+            error = ""
+        dist.barrier()  # rank 0 has its error
+        later = error_of(transport.gather_counts, torch.arange(4)) if name != "honest" else ""
+        return error, later
 
 
 PLAYED = [
@@ -140,31 +139,11 @@ PLAYED = [
 
 
 @pytest.mark.parametrize(("kind", "name"), PLAYED)
-def test_a_corrupt_dispatch_is_an_error_everywhere(kind, name):
-    (error, later), (other, _) = pool(2).run(run_played, kind, name)
-    assert error
+def test_a_dispatch_by_hand_is_an_error_everywhere_unless_it_is_honest(kind, name):
+    (error, later), (_, other) = pool(2).run(run_played, kind, name)
+    assert bool(error) == (name != "honest")
     assert error == later == other
-    assert kind == "poison" or "rank 1" in error
-
-
-def run_honest_play() -> str:
-    """The same by hand without a mistake: the tests above fail for what they name."""
-    with shm.open_shm(dist.group.WORLD, 10.0) as transport:
-        if dist.get_rank() == 0:
-            transport.gather_counts(torch.arange(4))
-            dist.barrier()
-            error = error_of(dispatch_honestly, transport)
-        else:
-            player = Player(transport)
-            player.write(0, *(0, 1) * 3)
-            player.come("dispatch")
-            error = ""
-        dist.barrier()
-        return error
-
-
-def test_an_honest_dispatch_by_hand_is_none():
-    assert pool(2).run(run_honest_play) == ["", ""]
+    assert kind == "poison" or name == "honest" or "rank 1" in error
 
 
 # What rank 1 says of where rank 0's rows are: byte offset and number of the rows, of the values.
@@ -235,6 +214,6 @@ def run_scribbled(rounds: int) -> int:
 
 
 def test_scribbling_ends_in_errors_not_in_crashes():
-    of_rank_0, of_rank_1 = pool(2).run(run_scribbled, 15)
+    of_rank_0, of_rank_1 = pool(2).run(run_scribbled, 8)
     assert of_rank_0 > 0
     assert of_rank_1 > 0

@@ -1,4 +1,4 @@
-"""The planner's process: same answer as here, no torch in it, nothing left behind, and its death is an error."""
+"""The planner's process: same answer as here, no torch in it (it asserts that itself), nothing left behind, and its death is an error."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ import pytest
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.replan.background import BackgroundPlanner
 from megatron_scalemoe.placement.replan.replan import replan
+from megatron_scalemoe.topology.ports import Ports
 from tests.placement.replan.test_replan import COST, OPTIONS, PORTS, start, zipf_trace
 
 
@@ -26,27 +27,31 @@ def planner(tmp_path, monkeypatch):
     planner.close()
 
 
-def submit(planner: BackgroundPlanner) -> pathlib.Path:
-    planner.submit(zipf_trace(0), start(), PORTS, COST, dataclasses.replace(OPTIONS, time_budget_s=60.0))
+def submit(planner: BackgroundPlanner, ports: Ports = PORTS) -> pathlib.Path:
+    planner.submit(zipf_trace(0), start(), ports, COST, OPTIONS)
     return planner._directory
 
 
 def test_same_plan_as_in_this_process(planner):
-    directory = submit(planner)
+    """Also with a port between nodes that has no limit, as in a topology of one node."""
+    ports = dataclasses.replace(PORTS, into=PORTS.into._replace(node_GBps=np.full_like(PORTS.into.node_GBps, np.inf)))
+    directory = submit(planner, ports)
     assert planner.busy and planner.poll() is None
     planner.wait(timeout_s=60)
     result = planner.poll()
-    here = replan(zipf_trace(0), start(), PORTS, COST, dataclasses.replace(OPTIONS, time_budget_s=60.0))
+    here = replan(zipf_trace(0), start(), ports, COST, OPTIONS)
     assert result.plan.content_hash == here.plan.content_hash
     assert result.reason == here.reason and result.planned_us == pytest.approx(here.planned_us)
     assert not planner.busy and not directory.exists()
     assert planner.poll() is None
 
 
-def test_it_does_without_torch(planner):
-    """The process itself asserts it when its work is done; here, that importing it does not bring torch."""
-    code = "import sys, megatron_scalemoe.placement.replan.background; print('torch' in sys.modules, 'megatron' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
+def test_modules_that_lie_where_training_runs_are_not_imported(planner, tmp_path, monkeypatch):
+    (tmp_path / "networkx.py").write_text("raise SystemExit('planted')")
+    monkeypatch.chdir(tmp_path)
+    submit(planner)
+    planner.wait(timeout_s=60)
+    assert planner.poll() is not None
 
 
 def test_a_killed_process_is_an_error(planner):
@@ -58,10 +63,9 @@ def test_a_killed_process_is_an_error(planner):
     assert not planner.busy and not directory.exists()
 
 
-@pytest.mark.parametrize("name", ["request.json", "old.json", "trace.npz"])
-def test_damaged_files_are_an_error(planner, name, monkeypatch):
+def test_a_damaged_file_is_an_error(planner, monkeypatch):
     started = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: (damage(command[-1], name), started(command, **how))[1])
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: (damage(command[-1], "trace.npz"), started(command, **how))[1])
     submit(planner)
     planner.wait(timeout_s=30)
     with pytest.raises(ScaleMoEError, match="ended with code 1"):
@@ -80,10 +84,10 @@ def test_a_late_plan_is_an_error(planner):
     assert not planner.busy
 
 
-@pytest.mark.parametrize("when", ["at work", "answered", "at work, and its group was terminated"])
+@pytest.mark.parametrize("when", ["answered", "at work, and its group was terminated"])
 def test_it_ends_with_its_parent(tmp_path, when):
     """The parent is killed, perhaps after its process group got a SIGTERM, as in torchrun: the planner ends, and removes its files."""
-    budget_s = 1.0 if when == "answered" else 60.0
+    budget_s = 0.1 if when == "answered" else 60.0
     code = f"""
 import dataclasses, json, signal, time
 from megatron_scalemoe.placement.replan.background import BackgroundPlanner
@@ -108,11 +112,3 @@ time.sleep(60)
     while (pathlib.Path(f"/proc/{pid}").exists() or pathlib.Path(directory).exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not pathlib.Path(directory).exists()
-
-
-def test_ports_without_a_limit_reach_it(planner):
-    """As the ports between nodes of a topology that has only one node."""
-    unlimited = PORTS.into._replace(node_GBps=np.full_like(PORTS.into.node_GBps, np.inf))
-    planner.submit(zipf_trace(0), start(), dataclasses.replace(PORTS, into=unlimited, out=unlimited), COST, OPTIONS)
-    planner.wait(timeout_s=60)
-    assert planner.poll() is not None

@@ -57,12 +57,6 @@ def test_an_unpaid_migration_delays_the_next_one():
     assert should_replan(1000.0, 900.0, 40_000.0, unpaid_us=-30_000.0).payback_steps == 400
 
 
-def test_new_replicas_cost_nothing_to_move_so_they_pay_back_at_once():
-    decision = should_replan(1000.0, 900.0, 0.0)
-    assert decision.replan
-    assert decision.payback_steps == 0
-
-
 @pytest.mark.parametrize(
     ("current", "proposed", "migration", "noise", "replan", "words"),
     [

@@ -43,10 +43,10 @@ def contiguous(experts, ranks):
     return np.repeat(np.arange(ranks), experts // ranks)
 
 
-def solve(problem, homes=None, seed=0, seconds=60.0):
+def solve(problem, homes=None, seed=0, effort=1.0, **options):
     if homes is None:
         homes = contiguous(problem.num_experts, problem.num_ranks)
-    return add_replicas(problem, homes, rng=np.random.default_rng(seed), budget=Budget(deadline=time.monotonic() + seconds))
+    return add_replicas(problem, homes, rng=np.random.default_rng(seed), **{"budget": Budget(effort), **options})
 
 
 def max_over_mean(load_E, hosts):
@@ -80,18 +80,23 @@ def problems(draw):
 
 
 @settings(max_examples=20, deadline=None)
-@given(problems(), st.integers(0, 100))
-def test_any_result_is_a_valid_plan_that_costs_no_more_than_its_homes(problem, seed):
-    homes = np.random.default_rng(seed).permutation(contiguous(problem.num_experts, problem.num_ranks))
-    solution = solve(problem, homes, seed)
-    check_valid(solution, problem.replicas, problem.replica_slots_per_rank)
-    bare = Solution.without_replicas(homes, problem.num_ranks)
-    assert cost_of(problem, solution) <= cost_of(problem, bare) * (1 + 1e-9)
+@given(problems(), st.integers(0, 100), st.sampled_from(["move", "stay", "stay beside old replicas"]))
+def test_any_result_is_a_valid_plan_that_costs_no_more_than_its_homes(problem, seed, homes_that):
+    rng = np.random.default_rng(seed)
+    homes = rng.permutation(contiguous(problem.num_experts, problem.num_ranks))
+    limits = {"replicas": problem.replicas, "per_rank": problem.replica_slots_per_rank}
+    old = chained_replicas(rng.random(homes.size), homes, problem.ports.node_of_rank, target=0.0, own_node=bool(seed % 2), **limits)
+    check_valid(old, **limits)
+    stay = homes_that != "move"
+    solution = solve(problem, homes, seed, effort=0.2, fixed_homes=stay, old=old if "old" in homes_that else None)
+    check_valid(solution, **limits)
+    assert not stay or np.array_equal(solution.home_rank, homes)
+    assert cost_of(problem, solution) <= cost_of(problem, Solution.without_replicas(homes, problem.num_ranks)) * (1 + 1e-9)
 
 
 def test_the_same_seed_gives_the_same_replicas():
     problem = layer_problem(skewed_loads(np.random.default_rng(5), 3, 32), 16, 16)
-    first, again = solve(problem, seed=7), solve(problem, seed=7)
+    first, again = (solve(problem, seed=7, effort=0.2) for _ in range(2))
     assert np.array_equal(first.hosts, again.hosts)
     assert np.array_equal(first.home_rank, again.home_rank)
 
@@ -99,7 +104,7 @@ def test_the_same_seed_gives_the_same_replicas():
 def test_a_deadline_in_the_past_still_gives_a_valid_plan_at_once():
     problem = layer_problem(skewed_loads(np.random.default_rng(6), 3, 256), 64, 64, nodes=8)
     start = time.monotonic()
-    solution = solve(problem, seconds=-1.0)
+    solution = solve(problem, budget=Budget(deadline=start - 1.0))
     assert time.monotonic() - start < 1.0
     check_valid(solution, 64, 1)
 
@@ -121,16 +126,15 @@ def test_steps_without_tokens_at_the_end_of_the_record_are_borne():
 def test_a_replica_is_placed_only_where_it_pays():
     loads = np.array([[900.0, 30, 30, 30, 30, 30, 30, 30]])
     cheap, dear = CostModel(micro_batches=1000), CostModel(micro_batches=1)
-    paid = [int(solve(layer_problem(loads * tokens, 8, 8, cost)).hosts.sum()) - 8 for cost in (cheap, dear) for tokens in (1, 100)]
+    problems = (layer_problem(loads * tokens, 8, 8, cost) for cost in (cheap, dear) for tokens in (1, 100))
+    paid = [int(solve(problem, effort=0.3).hosts.sum()) - 8 for problem in problems]
     # With few tokens in a step, sending an expert costs more than it saves.
-    assert paid[0] > 0
-    assert paid[1] > 0
-    assert paid[2] == 0
-    assert paid[3] > 0
+    assert [number > 0 for number in paid] == [True, True, False, True]
 
 
-def hot_expert_with_a_needless_replica():
-    """The replica of the hot expert pays, that of a cold one only costs."""
+@pytest.fixture
+def needless():
+    """A judge, and a solution where the replica of the hot expert pays, that of a cold one only costs."""
     problem = layer_problem(np.array([[90_000.0, 3000, 3000, 3000, 3000, 3000, 3000, 3000]]), 8, 8, CostModel(micro_batches=8))
     bare = Solution.without_replicas(contiguous(8, 8), 8)
     solution = Solution(bare.home_rank, bare.hosts.copy())
@@ -138,39 +142,34 @@ def hot_expert_with_a_needless_replica():
     return judge_of(problem, bare, problem.traffic.loads, np.ones(1)), solution
 
 
-def test_a_replica_that_does_not_pay_is_dropped():
-    judge, solution = hot_expert_with_a_needless_replica()
-    kept = without_unpaid(judge, solution, Budget())
-    assert kept.hosts[0, 1]
-    assert not kept.hosts[5, 1]
+def test_a_replica_that_does_not_pay_is_dropped(needless):
+    kept = without_unpaid(*needless, Budget())
+    assert kept.hosts[[0, 5], 1].tolist() == [True, False]
 
 
-def test_loads_to_come_have_a_price():
-    judge, solution = hot_expert_with_a_needless_replica()
-    assert judge.cost_us(solution, largest=80_000.0) - judge.cost_us(solution, largest=50_000.0) == pytest.approx(
-        30_000 * judge.us_per_token
-    )
+def test_loads_to_come_have_a_price(needless):
+    judge, solution = needless
+    extra_us = judge.cost_us(solution, largest=80_000.0) - judge.cost_us(solution, largest=50_000.0)
+    assert extra_us == pytest.approx(30_000 * judge.us_per_token)
 
 
-def test_recorded_shape_one_step_later_is_balanced_to_6_percent_at_1_5_times_and_1_percent_at_2_times_the_slots():
-    trace = synthesize("recorded", layers=8, steps=25, seed=11)
-    loads = trace.counts.sum(axis=2).astype(float)
-    for replicas, steps, bar in ((16, (8, 24), 1.06), (32, (24,), 1.01)):
-        reached = [
-            max_over_mean(loads[step, layer], solve(layer_problem(loads[step - 1 : step, layer], 16, replicas, nodes=2)).hosts)
-            for step in steps
-            for layer in range(8)
-        ]
-        assert np.mean(reached) <= bar
+def test_recorded_shape_is_balanced_to_6_percent_one_step_later_and_within_the_bars_of_an_old_plan_50_steps_later():
+    loads = synthesize("recorded", layers=8, steps=56, seed=12).counts.sum(axis=2).astype(float)
+    layers = (0, 1, 4, 7)
+    plans = {layer: solve(layer_problem(loads[:1, layer], 16, 16, nodes=2)).hosts for layer in layers}
+
+    def reached(*steps):
+        return [max_over_mean(loads[step, layer], plans[layer]) for step in steps for layer in layers]
+
+    assert np.mean(reached(1)) <= 1.06
+    assert np.mean(reached(50, 55)) <= 1.30
+    assert np.percentile(reached(50, 55), 95) <= 1.9
 
 
-def test_recorded_shape_50_steps_later_is_within_the_bars_of_an_old_plan():
-    trace = synthesize("recorded", layers=8, steps=56, seed=12)
-    loads = trace.counts.sum(axis=2).astype(float)
-    plans = [solve(layer_problem(loads[:1, layer], 16, 16, nodes=2)).hosts for layer in range(8)]
-    reached = [max_over_mean(loads[step, layer], plans[layer]) for step in (50, 55) for layer in range(8)]
-    assert np.mean(reached) <= 1.30
-    assert np.percentile(reached, 95) <= 1.9
+def test_recorded_shape_is_balanced_to_1_percent_one_step_later_with_twice_the_slots():
+    loads = synthesize("recorded", layers=8, steps=25, seed=11).counts.sum(axis=2).astype(float)
+    reached = [max_over_mean(loads[24, at], solve(layer_problem(loads[23:24, at], 16, 32, nodes=2)).hosts) for at in (0, 7)]
+    assert np.mean(reached) <= 1.01
 
 
 def eplb_hosts(load_E, ranks, replicas):
@@ -187,13 +186,11 @@ def eplb_hosts(load_E, ranks, replicas):
     return hosts
 
 
-def test_never_less_balanced_than_eplb_when_balance_is_what_counts():
-    rng = np.random.default_rng(8)
-    for ranks, experts, replicas in ((8, 16, 8), (8, 64, 8), (16, 32, 16), (16, 64, 32), (8, 8, 8)):
-        for _ in range(3):
-            loads = skewed_loads(rng, 1, experts)
-            ours = max_over_mean(loads[0], solve(layer_problem(loads, ranks, replicas)).hosts)
-            assert ours <= max_over_mean(loads[0], eplb_hosts(loads[0], ranks, replicas)) * 1.005
+@pytest.mark.parametrize(("ranks", "experts", "replicas"), [(8, 16, 8), (8, 64, 8), (16, 32, 16), (16, 64, 32), (8, 8, 8)])
+def test_never_less_balanced_than_eplb_when_balance_is_what_counts(ranks, experts, replicas):
+    loads = skewed_loads(np.random.default_rng(8), 1, experts)
+    ours = max_over_mean(loads[0], solve(layer_problem(loads, ranks, replicas)).hosts)
+    assert ours <= max_over_mean(loads[0], eplb_hosts(loads[0], ranks, replicas)) * 1.005
 
 
 @settings(max_examples=100, deadline=None)
@@ -307,29 +304,15 @@ def test_plausible_loads_hold_recorded_steps_and_drift_of_the_recorded_size():
     assert 0.36 < spread.max() < 0.5
 
 
-@pytest.mark.parametrize("steps", [1, 3, 7, 51])
+@pytest.mark.parametrize("steps", [1, 7, 51])
 def test_of_many_recorded_steps_some_are_taken_evenly_the_last_among_them(steps):
     loads = np.eye(60)[:steps] + 1
     cases, weights = plausible_loads(loads, 12, np.random.default_rng(0))
     taken = [int(np.flatnonzero(np.isclose(case / case.min(), 2))[0]) for case in cases[: min(steps, 6)]]
     assert taken[0] == steps - 1
     assert len(set(taken)) == len(taken)
-    assert np.ptp(np.diff(taken)) <= 1 if len(taken) > 1 else True
+    assert len(taken) == 1 or np.ptp(np.diff(taken)) <= 1
     assert np.isclose(weights.sum(), 1)
-
-
-@settings(max_examples=15, deadline=None)
-@given(problems(), st.integers(0, 100), st.booleans())
-def test_fixed_homes_stay_and_replicas_are_valid(problem, seed, with_old):
-    rng = np.random.default_rng(seed)
-    homes = rng.permutation(contiguous(problem.num_experts, problem.num_ranks))
-    limits = {"replicas": problem.replicas, "per_rank": problem.replica_slots_per_rank}
-    old = chained_replicas(rng.random(homes.size), homes, problem.ports.node_of_rank, target=0.0, own_node=bool(seed % 2), **limits)
-    check_valid(old, **limits)
-    solution = add_replicas(problem, homes, rng=rng, budget=Budget(), fixed_homes=True, old=old if with_old else None)
-    assert np.array_equal(solution.home_rank, homes)
-    check_valid(solution, **limits)
-    assert cost_of(problem, solution) <= cost_of(problem, Solution.without_replicas(homes, problem.num_ranks)) * (1 + 1e-9)
 
 
 def test_moves_beside_fixed_homes_change_replicas_only():
@@ -350,7 +333,7 @@ def test_replicas_alone_even_out_bad_homes():
     loads = np.full((1, 32), 10.0)
     loads[0, :4] = 400
     problem = layer_problem(loads, 8, 16, nodes=2)
-    solution = add_replicas(problem, contiguous(32, 8), rng=np.random.default_rng(0), budget=Budget(), fixed_homes=True)
+    solution = solve(problem, fixed_homes=True)
     assert max_over_mean(loads[0], solution.hosts) < 1.02
     bare = Solution.without_replicas(contiguous(32, 8), 8)
     assert max_over_mean(loads[0], bare.hosts) > 6

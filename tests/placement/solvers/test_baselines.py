@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_scalemoe.placement.budget import Budget
-from megatron_scalemoe.placement.objective import home_cost_us
 from megatron_scalemoe.placement.problem import LayerProblem
 from megatron_scalemoe.placement.solvers.baselines import solve_contiguous, solve_greedy, solve_random
 from megatron_scalemoe.topology.ports import two_level_ports
@@ -36,11 +35,6 @@ def test_contiguous_is_megatrons_own_placement():
     assert solved(solve_contiguous, clustered_problem(1, experts=16)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]
 
 
-def test_random_differs_between_seeds():
-    problem = clustered_problem(1)
-    assert not np.array_equal(solved(solve_random, problem, 1), solved(solve_random, problem, 2))
-
-
 def test_greedy_puts_the_heaviest_first_on_the_lightest_rank_with_room():
     # 9 and 8 apart, 7 joins 8, then 6 joins 9: both ranks are full of two.
     home_E = solved(solve_greedy, problem_of_loads([9, 8, 7, 6], 2))
@@ -62,8 +56,3 @@ def test_greedy_breaks_ties_towards_the_rank_that_receives_least():
     traffic = LayerTraffic(counts, None, counts.sum(axis=0)[None], 1)
     problem = LayerProblem(traffic=traffic, ports=two_level_ports(2, 1), cost=clustered_problem(0).cost)
     assert solved(solve_greedy, problem).tolist() == [1, 0]
-
-
-def test_greedy_balances_better_than_contiguous_on_skewed_traffic():
-    problem = clustered_problem(3)
-    assert home_cost_us(problem, solved(solve_greedy, problem)) < 0.8 * home_cost_us(problem, solved(solve_contiguous, problem))

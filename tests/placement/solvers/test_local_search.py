@@ -11,6 +11,7 @@ from megatron_scalemoe.placement.solvers.local_search import LEAST_GAIN, descend
 from megatron_scalemoe.placement.solvers.port_model import port_model
 from megatron_scalemoe.placement.solvers.swap_table import SwapTable
 from tests.placement.search_cases import assert_balanced, clustered_problem
+from tests.placement.tiny import least_cost_us
 
 
 def solved(problem, seed=0, **others):
@@ -35,26 +36,11 @@ def test_many_experts_are_improved_from_samples_of_their_swaps():
     assert home_cost_us(problem, table.home_rank_E) < 0.75 * home_cost_us(problem, contiguous_homes(problem))
 
 
-def all_placements(experts, ranks):
-    if not experts:
-        yield {}
-        return
-    rank = ranks - len(experts) * ranks // all_placements.experts
-    for group in itertools.combinations(experts, all_placements.experts // ranks):
-        rest = tuple(e for e in experts if e not in group)
-        for others in all_placements(rest, ranks):
-            yield {**others, **dict.fromkeys(group, rank)}
-
-
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_small_cases_reach_the_optimum(seed, nodes):
     problem = clustered_problem(seed, nodes=nodes, ranks_per_node=3 // nodes, experts=6, affinity=0.3)
-    all_placements.experts = 6
-    placements = [np.array([p[e] for e in range(6)]) for p in all_placements(tuple(range(6)), 3)]
-    assert len(placements) == 90
-    optimum = min(home_cost_us(problem, home_E) for home_E in placements)
-    assert home_cost_us(problem, solved(problem)) == pytest.approx(optimum, rel=1e-9)
+    assert home_cost_us(problem, solved(problem)) == pytest.approx(least_cost_us(problem), rel=1e-9)
 
 
 def test_it_repeats_for_a_seed_and_reports_falling_costs():

@@ -22,11 +22,6 @@ def test_a_change_is_what_moved_counted_by_hand():
     np.testing.assert_array_equal(change.moved_GG, expected)
 
 
-def test_back_again_drops_the_replicas():
-    change = plan_change("plan.json", small_run.plan(), "contiguous", CONTIGUOUS, NODES)
-    assert (change.added.sum(), change.dropped.sum(), change.between.sum()) == (0, 6, 2)
-
-
 def test_counts_agree_with_a_count_expert_by_expert():
     rng = np.random.default_rng(3)
     plans = []
