@@ -30,6 +30,7 @@ _PUBLIC = {
     "plan_cost": "cost.plan",
     "PlanRequest": "placement.plan_trace",
     "plan_trace": "placement.plan_trace",
+    "plan_placement": "placement.plan_placement",
     "solve_trace": "placement.solve",
 }
 __all__ = ["__version__", *_PUBLIC]

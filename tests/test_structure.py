@@ -131,8 +131,8 @@ def pickle_uses(source: str) -> list[str]:
 
 
 def test_the_package_does_not_pickle():
-    found = {str(path): uses for path in PACKAGE.rglob("*.py") if (uses := pickle_uses(path.read_text(encoding="utf-8")))}
-    assert not found
+    found = {path.name: uses for path in PACKAGE.rglob("*.py") if (uses := pickle_uses(path.read_text(encoding="utf-8")))}
+    assert found == {"metadata.py": ["pickle"]}  # Megatron's checkpoints have pickles: this reads them without running them
     source = "import pickle\nfrom dill import load\nf(x, allow_pickle=True)\nf(x, weights_only=False)\nf(x, weights_only=True)"
     assert pickle_uses(source) == ["pickle", "dill", "allow_pickle=True", "weights_only=False"]
 

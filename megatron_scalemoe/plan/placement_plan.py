@@ -90,6 +90,21 @@ class PlacementPlan:
         """int64 [L, E]: the rank of each expert's home."""
         return self.home // self.slots_per_rank
 
+    @property
+    def num_copies(self) -> np.ndarray:
+        """int64 [L, E]: slots that hold each expert, its home among them."""
+        experts = np.arange(self.num_logical_experts)
+        return (self.physical_to_logical[:, :, None] == experts).sum(axis=1)
+
+    @property
+    def logical_to_physical(self) -> np.ndarray:
+        """int64 [L, E, most copies of any expert]: the slots of each expert in their order, then EMPTY."""
+        copies_LE = self.num_copies
+        slots_LEC = np.full((*copies_LE.shape, copies_LE.max()), EMPTY)
+        for layer, expert in np.ndindex(*copies_LE.shape):
+            slots_LEC[layer, expert, : copies_LE[layer, expert]] = np.flatnonzero(self.physical_to_logical[layer] == expert)
+        return slots_LEC
+
     def hosts(self, layer: int) -> np.ndarray:
         """bool [E, G]: which ranks hold a copy of each expert."""
         hosts_EG = np.zeros((self.num_logical_experts, self.num_ranks), dtype=bool)

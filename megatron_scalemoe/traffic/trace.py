@@ -192,6 +192,8 @@ def _array(archive: zipfile.ZipFile, member: str) -> np.ndarray:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(file)
+        if dtype.hasobject:
+            raise ScaleMoEError("must be numbers", found="Python objects", place=member.removesuffix(".npy"))
         if file.tell() + math.prod(shape) * dtype.itemsize != size:
             raise ScaleMoEError(
                 "must have the size that it declares", found=f"{shape} of {dtype}, {size} bytes", place=member.removesuffix(".npy")

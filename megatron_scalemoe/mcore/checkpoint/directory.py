@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import read_bytes, read_document, write_atomically
-from megatron_scalemoe.mcore.checkpoint.metadata import read_metadata
+from megatron_scalemoe.mcore.checkpoint.metadata import check_objects, read_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _SAVING = ".saving_"
@@ -54,6 +54,7 @@ def find_checkpoint(directory: Path, iteration: int | None) -> tuple[int, Path]:
     if damage:
         problem = f"the checkpoint of iteration {iteration} in {directory} cannot be loaded"
         raise ScaleMoEError(problem, found=damage, try_=_other_iterations(directory, iteration))
+    check_objects(path, read_metadata(path))
     return iteration, path
 
 

@@ -2,14 +2,17 @@
 
 import os
 import pickle
+import random
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.mcore.checkpoint.directory import find_damage, latest_iteration, publish, start_writing
-from megatron_scalemoe.mcore.checkpoint.metadata import read_metadata
+from megatron_scalemoe.mcore.checkpoint.metadata import check_objects, read_metadata
 
 
 class Code:
@@ -58,6 +61,16 @@ def test_code_in_an_index_is_not_run(tmp_path):
         (folder / ".metadata").write_bytes(pickle.dumps(content))
         with pytest.raises(ScaleMoEError, match="index of a torch_dist checkpoint"):
             read_metadata(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_among_the_tensors_is_not_run(tmp_path):
+    rng_state = {"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}  # what Megatron has there
+    for name, content in (("good", rng_state), ("bad", Code(tmp_path / "ran"))):
+        dcp.save({"weight": torch.zeros(2), "rng_state": content}, checkpoint_id=tmp_path / name, no_dist=True)
+    check_objects(tmp_path / "good", read_metadata(tmp_path / "good"))
+    with pytest.raises(ScaleMoEError, match="rng_state must be plain data"):
+        check_objects(tmp_path / "bad", read_metadata(tmp_path / "bad"))
     assert not (tmp_path / "ran").exists()
 
 
