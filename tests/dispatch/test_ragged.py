@@ -73,7 +73,7 @@ def failing_alone(kind: str) -> str:
             elif kind == "shape":
                 dist.all_to_all_single(torch.zeros(3), torch.zeros(2), [1], [1])
             else:
-                dist.all_reduce(torch.zeros(2, dtype=torch.complex32))
+                dist.all_reduce(torch.zeros(2, dtype=torch.int16))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
