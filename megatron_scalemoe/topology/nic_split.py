@@ -35,7 +35,7 @@ class NicSplit:
     nics_GBps: np.ndarray
 
     def shares(self, links: np.ndarray, even: np.ndarray) -> np.ndarray:
-        """float64 [links, G]: the fraction of what is at a link's source that takes it. even: the same where no NIC is next, 0 off routes."""
+        """float64 [links, G]: the fraction of what is at a link's source that takes it. even: that where no NIC is next; 0 off routes."""
         total = self.nics_GBps[self.sources[links]]
         weight = np.where(even > 0, self._nics_beyond(links, slice(None)), 0.0)
         return np.where(total > 0, weight / np.where(total > 0, total, 1.0), even)

@@ -155,7 +155,7 @@ def _unread(root: Element) -> Iterator[str]:
         port = _host(card), card.get("busid", "").rpartition(".")[0], net.get("port")
         if card.tag == "pci" and port in ports:
             text = "if they are virtual functions, they share one port (--nic-Gbps sets each NIC's speed)"
-            yield f"line {net.sourceline}: several networks on port {port[2]} of the card {port[1]} are counted as ports of their own: {text}"
+            yield f"line {net.sourceline}: several networks on port {port[2]} of the card {port[1]}, counted as ports of their own: {text}"
             return
         ports.add(port)
 
