@@ -14,7 +14,7 @@ _FIGURES += ("source_variation", "source_noise", "local_share")
 
 def summarize(trace: RoutingTrace) -> dict:
     """Plain numbers: the trace's size, `total` (mean over the layers) and `per_layer`, with the same keys; each the mean over the steps.
-    Steps and layers without tokens are left out of the means: `idle_steps`, `empty_layers` says how many; an empty layer has None everywhere.
+    Steps and layers without tokens are left out of the means (`idle_steps`, `empty_layers`: how many); an empty layer has None everywhere.
 
     gini: of the experts' loads (0 even, towards 1 one takes all). max_over_mean_experts, max_over_mean_ranks: busiest over mean load, of
     the experts, and of the ranks under contiguous placement (None unless the experts are a multiple of the ranks). top5_share: selections
