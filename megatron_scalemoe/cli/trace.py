@@ -191,8 +191,10 @@ def format_summary(summary: dict, *, per_layer: bool) -> str:
         f"{summary['file']}: {summary['steps']} steps, {summary['layers']} layers, {summary['ranks']} ranks, {summary['experts']} experts, "
         f"top-{summary['topk']}, {summary['tokens_per_step']:.0f} tokens per step, {pairs}"
     )
+    if summary["idle_steps"] or summary["empty_layers"]:
+        head += f"\nLeft out of the means, as without tokens: idle steps {summary['idle_steps']}, empty layers {summary['empty_layers']}"
     columns = [c for c in COLUMNS if summary["total"][c[0]] is not None]
     layers = summary["per_layer"] if per_layer and summary["layers"] > 1 else []
-    rows = [[str(one["layer"]), *(format(one[key], spec) for key, _, spec in columns)] for one in layers]
+    rows = [[str(one["layer"]), *("-" if one[key] is None else format(one[key], spec) for key, _, spec in columns)] for one in layers]
     rows.append(["mean" if summary["layers"] > 1 else "0", *(format(summary["total"][key], spec) for key, _, spec in columns)])
     return "\n\n".join([head, format_table(["layer", *(title for _, title, _ in columns)], rows), LEGEND])

@@ -33,8 +33,8 @@ class PlanCost:
 
     @property
     def max_over_mean(self) -> np.ndarray:
-        """float64 [L], 1 or more."""
-        return np.array([layer.max_over_mean for layer in self.layers])
+        """float64, 1 or more, of the layers that have tokens."""
+        return np.array([layer.max_over_mean for layer in self.layers if layer.load_G.any()] or [1.0])
 
 
 def plan_cost(

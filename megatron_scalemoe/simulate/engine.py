@@ -55,25 +55,32 @@ class Replay:
     warm_up_steps: int
 
     def summary(self) -> dict[str, float | int]:
-        """Means over the steps after warm-up of each step's sum over the layers; `max_over_mean` over both steps and layers.
+        """Means over the steps after warm-up of each step's sum over the layers; `max_over_mean` over both steps and layers. Steps without
+        tokens are left out (`idle_steps`), and layers of which `max_over_mean` would say nothing.
 
         `wait_share`: the mean rank's waiting, as a share of the step. `migrated_bytes`, `migration_us`: of all replans together.
         """
-        counted = slice(self.warm_up_steps, None)
+        after = np.arange(len(self.total_us)) >= self.warm_up_steps
+        counted = after & self.load.any(axis=(1, 2))
+        idle_steps = int((after & ~counted).sum())
+        counted = counted if counted.any() else after
+        balance = self.max_over_mean[counted][self.load[counted].any(axis=2)]
+        balance = balance if balance.size else np.ones(1)
         result: dict[str, float | int] = {"step_us": float(self.total_us[counted].sum(axis=1).mean())}
         for name in ("dispatch_us", "combine_us", "compute_us", "replica_us"):
             result[name] = float(getattr(self, name)[counted].sum(axis=1).mean())
         wait_us = self.wait_us[counted].mean(axis=2).sum()
         return result | {
-            "max_over_mean_mean": float(self.max_over_mean[counted].mean()),
-            "max_over_mean_p95": float(np.quantile(self.max_over_mean[counted], 0.95)),
+            "max_over_mean_mean": float(balance.mean()),
+            "max_over_mean_p95": float(np.quantile(balance, 0.95)),
             "bytes_scale_out": float(self.bytes_scale_out[counted].sum(axis=1).mean()),
             "bytes_scale_up": float(self.bytes_scale_up[counted].sum(axis=1).mean()),
             "wait_share": float(wait_us / max(self.total_us[counted].sum(), np.finfo(float).tiny)),
             "migrated_bytes": float(self.migrated_bytes.sum()),
             "migration_us": float(self.migration_us.sum()),
             "replans": self.replans,
-            "steps": self.total_us.shape[0] - self.warm_up_steps,
+            "steps": int(counted.sum()),
+            "idle_steps": idle_steps,
             "warm_up_steps": self.warm_up_steps,
         }
 

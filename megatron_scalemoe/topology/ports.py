@@ -171,10 +171,7 @@ def _capacities(topology: Topology, routes: Routes) -> PortSide:
     nodes, all_nodes = topology.node_of_rank, np.arange(topology.num_nodes)
     same_node_GG = nodes[:, None] == nodes
     at_rank_MG = routes.targets[:, None] == routes.receives_at
-    node_V = np.full(len(routes.split), -1)  # of each position; -1: the fabric, or a node without ranks
-    node_V[: len(topology.vertices)] = [v.node if v.node in range(topology.num_nodes) else -1 for v in topology.vertices]
-    node_V[routes.sends_at], node_V[routes.receives_at] = nodes, nodes
-    enters_MN = (node_V[routes.targets][:, None] == all_nodes) & (node_V[routes.sources][:, None] != all_nodes)
+    enters_MN = (routes.node_V[routes.targets][:, None] == all_nodes) & (routes.node_V[routes.sources][:, None] != all_nodes)
 
     up_GG = same_node_GG & ~np.eye(nodes.size, dtype=bool)
     up_G = _smallest_cut(routes, routes.link_flow(up_GG.astype(np.float64)), up_GG.sum(axis=0), at_rank_MG)

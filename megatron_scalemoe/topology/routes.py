@@ -1,8 +1,8 @@
 """`Routes`: which links the traffic between two ranks uses, and what that makes of latency, bandwidth and the links' load.
 
 Shortest paths by latency, then by number of hops. Where several are equally short, a vertex splits its flow equally over its next hops
-(equal-cost multipath, as ECMP hashing does on average). Everything is computed for all destinations at once: flows move from hop to hop
-as an array [vertices, ranks], so that 1,024 GPUs take seconds.
+(equal-cost multipath, as ECMP hashing does on average), but over NICs by their bandwidth (`nic_split`). Everything is computed for all
+destinations at once: flows move from hop to hop as an array [vertices, ranks], so that 1,024 GPUs take seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from scipy.sparse import csgraph
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.topology.graph import Topology
+from megatron_scalemoe.topology.nic_split import NicSplit, nic_split
 
 # Lengths are whole numbers, so that equally long paths compare equal: latency in units of 0.1 ns, and the hops below it.
 _UNITS_PER_US = 10_000
@@ -36,7 +37,9 @@ class Routes:
     sends_at, receives_at: int64 [G], the positions where each rank's traffic starts and ends.
     on_route: bool [M, G], whether the link lies on a shortest path to the rank.
     split: float64 [V, G], 1 / (number of next hops from the position to the rank).
+    nics: how flows split over NICs instead, where there is a choice of them.
     link_bandwidth_GBps, link_latency_us: float64 [M].
+    node_V: int64 [V], the node of each position, -1 in the fabric. is_nic_V: bool [V].
     """
 
     latency_us: np.ndarray
@@ -46,8 +49,11 @@ class Routes:
     receives_at: np.ndarray
     on_route: np.ndarray
     split: np.ndarray
+    nics: NicSplit | None
     link_bandwidth_GBps: np.ndarray
     link_latency_us: np.ndarray
+    node_V: np.ndarray
+    is_nic_V: np.ndarray
 
     @property
     def num_ranks(self) -> int:
@@ -149,8 +155,12 @@ class Routes:
             row_of_V.fill(-1)
             row_of_V[positions] = np.arange(positions.size)
             links = np.flatnonzero(row_of_V[self.sources] >= 0)
-            flow = (at_positions * self.split[positions])[row_of_V[self.sources[links]]]
-            flow *= self.on_route[links]
+            if self.nics is None:
+                flow = (at_positions * self.split[positions])[row_of_V[self.sources[links]]]
+                flow *= self.on_route[links]
+            else:
+                even = self.split[self.sources[links]] * self.on_route[links]
+                flow = at_positions[row_of_V[self.sources[links]]] * self.nics.shares(links, even)
             used = flow.any(axis=1)
             links, flow = links[used], flow[used]
             yield links, flow
@@ -172,6 +182,7 @@ def compute_routes(topology: Topology) -> Routes:
     in_two_places = [rank for rank, name in enumerate(topology.ranks) if name in topology.endpoints]
     sends_at[in_two_places] = len(index) + np.arange(len(in_two_places))
     sends = dict(zip(topology.ranks, sends_at, strict=True))
+    node_V = np.array([-1 if v.node is None else v.node for v in topology.vertices])
     return _shortest_routes(
         sources=np.array([sends.get(u, index[u]) for u, _ in topology.links], dtype=np.int64),
         targets=np.array([index[v] for _, v in topology.links], dtype=np.int64),
@@ -179,7 +190,8 @@ def compute_routes(topology: Topology) -> Routes:
         receives_at=receives_at,
         link_bandwidth_GBps=topology.bandwidth_GBps,
         link_latency_us=topology.latency_us,
-        positions=len(index) + len(in_two_places),
+        node_V=np.concatenate([node_V, topology.node_of_rank[in_two_places]]),
+        is_nic_V=np.array([v.kind == "nic" for v in topology.vertices] + [False] * len(in_two_places)),
     )
 
 
@@ -193,11 +205,13 @@ def backwards(routes: Routes) -> Routes:
         receives_at=routes.sends_at,
         link_bandwidth_GBps=routes.link_bandwidth_GBps,
         link_latency_us=routes.link_latency_us,
-        positions=len(routes.split),
+        node_V=routes.node_V,
+        is_nic_V=routes.is_nic_V,
     )
 
 
-def _shortest_routes(*, sources: np.ndarray, targets: np.ndarray, receives_at: np.ndarray, positions: int, **fields: np.ndarray) -> Routes:
+def _shortest_routes(*, sources: np.ndarray, targets: np.ndarray, receives_at: np.ndarray, **fields: np.ndarray) -> Routes:
+    positions = fields["node_V"].size
     length_M = np.rint(fields["link_latency_us"] * _UNITS_PER_US) * _HOPS + 1
     reverse = sparse.csr_array((length_M, (targets, sources)), (positions, positions))
     length_VG = np.ascontiguousarray(csgraph.dijkstra(reverse, indices=receives_at).T)
@@ -208,12 +222,14 @@ def _shortest_routes(*, sources: np.ndarray, targets: np.ndarray, receives_at: n
     starts = sparse.csr_array((np.ones(sources.size), (sources, np.arange(sources.size))), (positions, sources.size))
     latency_GG = np.floor(length_VG[fields["sends_at"]] / _HOPS) / _UNITS_PER_US
     np.fill_diagonal(latency_GG, 0)
+    split = 1 / np.maximum(starts @ on_route.astype(np.uint16), 1)
     return Routes(
         latency_us=latency_GG,
         sources=sources,
         targets=targets,
         receives_at=receives_at,
         on_route=on_route,
-        split=1 / np.maximum(starts @ on_route.astype(np.uint16), 1),
+        split=split,
+        nics=nic_split(sources, targets, on_route, split, fields["link_bandwidth_GBps"], fields["node_V"], fields["is_nic_V"]),
         **fields,
     )

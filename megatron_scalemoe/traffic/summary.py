@@ -8,29 +8,39 @@ from megatron_scalemoe.traffic.trace import RoutingTrace
 
 DRIFT_LAGS = (1, 5, 50)
 TOP = 5
+_FIGURES = ("gini", "max_over_mean_experts", "max_over_mean_ranks", "top5_share", "dead_experts", "drift_noise")
+_FIGURES += ("source_variation", "source_noise", "local_share")
 
 
 def summarize(trace: RoutingTrace) -> dict:
     """Plain numbers: the trace's size, `total` (mean over the layers) and `per_layer`, with the same keys; each the mean over the steps.
+    Steps and layers without tokens are left out of the means (`idle_steps`, `empty_layers`: how many); an empty layer has None everywhere.
 
     gini: of the experts' loads (0 even, towards 1 one takes all). max_over_mean_experts, max_over_mean_ranks: busiest over mean load, of
     the experts, and of the ranks under contiguous placement (None unless the experts are a multiple of the ranks). top5_share: selections
     of the 5 busiest experts. dead_experts: fraction of experts without a token. drift_N: total variation between the loads of a step and
-    N steps later (None when the trace is shorter); drift_noise: what it would be if only the draw of the tokens differed.
+    N steps later (None when no two such steps have tokens); drift_noise: what it would be if only the draw of the tokens differed.
     source_variation: total variation between the loads of one source rank and of all, over the whole trace; source_noise: what it would be
     if all were alike. local_share: selections whose expert is on their own rank under contiguous placement (1 / ranks when the rank says
     nothing about the expert).
     """
-    layers = [_layer_summary(trace.counts[:, layer]) for layer in range(trace.num_layers)]
+    busy_SL = trace.busy_SL if trace.busy_SL.any() else ~trace.busy_SL
+    layers = [_layer_summary(trace.counts[:, layer], busy_SL[:, layer]) for layer in range(trace.num_layers)]
     size = {"steps": trace.num_steps, "layers": trace.num_layers, "ranks": trace.num_ranks, "experts": trace.num_experts}
-    tokens = float(trace.counts.sum(dtype=np.int64)) / (trace.num_steps * trace.num_layers * trace.topk)
+    tokens = float(trace.counts.sum(dtype=np.int64)) / (busy_SL.sum() * trace.topk)
     size |= {"topk": trace.topk, "tokens_per_step": tokens, "coactivation": trace.coactivation is not None}
-    total = {key: None if layers[0][key] is None else float(np.mean([one[key] for one in layers])) for key in layers[0]}
+    size |= {"idle_steps": trace.num_idle_steps, "empty_layers": int((~busy_SL.any(axis=0)).sum())}
+    known = {key: [one[key] for one in layers if one[key] is not None] for key in layers[0]}
+    total = {key: float(np.mean(values)) if values else None for key, values in known.items()}
     return {**size, "total": total, "per_layer": [{"layer": index, **one} for index, one in enumerate(layers)]}
 
 
-def _layer_summary(counts_SGE: np.ndarray) -> dict:
-    steps, ranks, experts = counts_SGE.shape
+def _layer_summary(counts_SGE: np.ndarray, busy_S: np.ndarray) -> dict:
+    ranks, experts = counts_SGE.shape[1:]
+    drift = _drift(_shares(counts_SGE.sum(axis=1, dtype=np.float64)), busy_S)
+    counts_SGE = counts_SGE[busy_S]
+    if not len(counts_SGE):
+        return dict.fromkeys((*_FIGURES, *drift))
     load_SE = counts_SGE.sum(axis=1, dtype=np.float64)
     share_SE = _shares(load_SE)
     ordered_SE = np.sort(share_SE, axis=1)
@@ -47,13 +57,21 @@ def _layer_summary(counts_SGE: np.ndarray) -> dict:
         "source_noise": _sampling_noise(share_E, (1.0 - 1.0 / ranks) / max(by_source_GE.sum() / ranks, 1.0)),
         "local_share": None,
     }
-    for lag in DRIFT_LAGS:
-        summary[f"drift_{lag}"] = float(total_variation(share_SE[lag:], share_SE[:-lag]).mean()) if lag < steps else None
+    assert tuple(summary) == _FIGURES
     if experts % ranks == 0:
-        summary["max_over_mean_ranks"] = float(share_SE.reshape(steps, ranks, -1).sum(axis=2).max(axis=1).mean() * ranks)
+        summary["max_over_mean_ranks"] = float(share_SE.reshape(len(share_SE), ranks, -1).sum(axis=2).max(axis=1).mean() * ranks)
         own_G = by_source_GE.reshape(ranks, ranks, -1).sum(axis=2).diagonal()
         summary["local_share"] = float(own_G.sum() / max(by_source_GE.sum(), 1.0))
-    return summary
+    return summary | drift
+
+
+def _drift(share_SE: np.ndarray, busy_S: np.ndarray) -> dict[str, float | None]:
+    drift = {}
+    for lag in DRIFT_LAGS:
+        both = busy_S[lag:] & busy_S[:-lag]
+        moved = total_variation(share_SE[lag:][both], share_SE[:-lag][both])
+        drift[f"drift_{lag}"] = float(moved.mean()) if moved.size else None
+    return drift
 
 
 def gini(load: np.ndarray) -> np.ndarray:

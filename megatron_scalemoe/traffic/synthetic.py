@@ -6,6 +6,7 @@ import numpy as np
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.traffic.matrices import coactivation_fits
+from megatron_scalemoe.traffic.memory import check_memory
 from megatron_scalemoe.traffic.synthetic_draw import draw_counts, expected_coactivation
 from megatron_scalemoe.traffic.synthetic_popularity import (
     RECORDED_DRIFT,
@@ -16,7 +17,7 @@ from megatron_scalemoe.traffic.synthetic_popularity import (
     with_bursts,
     zipf,
 )
-from megatron_scalemoe.traffic.trace import RoutingTrace
+from megatron_scalemoe.traffic.trace import MAX_EXPERTS, RoutingTrace
 from megatron_scalemoe.version import __version__
 
 EXPERTS_PER_GROUP = 8
@@ -64,7 +65,8 @@ def synthesize(
     interval: training iterations from one recorded step to the next.
     coactivation: with the expected co-activation; None: where it takes no more than 64 MiB.
 
-    Deterministic for a seed. Raises `ScaleMoEError` naming the parameter that is out of range.
+    Deterministic for a seed. Raises `ScaleMoEError` naming the parameter that is out of range, or the sizes that do not fit in
+    memory.
     """
     given = {name: value for name, value in locals().items() if name in _COMMON and value is not None}
     if kind not in DEFAULTS:
@@ -79,10 +81,13 @@ def synthesize(
     if groups is None:
         groups = max(1, values["experts"] // EXPERTS_PER_GROUP) if values["affinity"] or values["source_affinity"] else 1
     _check(values, groups, seed)
-    rng = np.random.default_rng(seed)
-    popularity_SLE = _popularity(kind, values, rng)
     if coactivation is None:
         coactivation = values["topk"] > 1 and coactivation_fits(values["layers"], values["experts"])
+    sizes = ", ".join(f"{name} {values[name]}" for name in ("steps", "layers", "ranks", "experts"))
+    sizes = f"a trace of {sizes}{', with co-activation' if coactivation else ''}"
+    check_memory(peak_bytes(values, groups, coactivation), sizes, try_="smaller sizes, or --no-coactivation")
+    rng = np.random.default_rng(seed)
+    popularity_SLE = _popularity(kind, values, rng)
     layers_drawn = [_draw_layer(popularity_SLE[:, layer], values, groups, coactivation, rng) for layer in range(values["layers"])]
     counts = np.stack([counts_SGE for counts_SGE, _ in layers_drawn], axis=1)
     together = np.stack([pairs_EE for _, pairs_EE in layers_drawn]) if coactivation else None
@@ -92,10 +97,21 @@ def synthesize(
     return RoutingTrace(counts, together, meta)
 
 
+def peak_bytes(values: dict, groups: int, coactivation: bool) -> int:
+    """What `synthesize` needs at most, counted in the arrays of each size that are there at once."""
+    steps, layers, ranks, experts = (values[name] for name in ("steps", "layers", "ranks", "experts"))
+    popularity = 8 * 7 * steps * layers * experts
+    result = 4 * 2 * steps * layers * ranks * experts + coactivation * 8 * 3 * layers * experts**2
+    drawing = 8 * 9 * steps * ranks * experts + 8 * 5 * steps * groups * experts + coactivation * 8 * 6 * experts**2
+    return popularity + result + drawing
+
+
 def _check(values: dict, groups: int, seed: int) -> None:
     for name in ("ranks", "experts", "layers", "topk", "steps", "tokens_per_rank", "interval"):
         if values[name] < 1:
             raise ScaleMoEError("must be 1 or more", found=values[name], field=(name,))
+    if values["experts"] > MAX_EXPERTS:
+        raise ScaleMoEError(f"must be at most {MAX_EXPERTS}", found=values["experts"], field=("experts",))
     if values["topk"] > values["experts"]:
         raise ScaleMoEError("must be at most the number of experts", found=f"{values['topk']} of {values['experts']}", field=("topk",))
     if values["skew"] is not None and not 0 <= values["skew"] <= 5:

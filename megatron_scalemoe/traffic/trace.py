@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -20,9 +21,11 @@ from megatron_scalemoe.files import open_regular, write_atomically
 from megatron_scalemoe.typed import Facts, SchemaVersion, check
 from megatron_scalemoe.version import SCHEMA_VERSION
 
+# More is a typing error, and arrays of experts^2 would not fit.
+MAX_EXPERTS = 65_536
 _ZIP = b"PK\x03\x04"
 # Of a file, and of an array in it when unpacked.
-_MOST_BYTES = 8 << 30
+MOST_BYTES = 8 << 30
 # Nobody records more tokens; beyond, sums and ratios would overflow.
 _MOST_TOKENS = 1e15
 
@@ -134,10 +137,20 @@ class RoutingTrace:
             digest.update(self.coactivation.astype("<f8").tobytes())
         return digest.hexdigest()
 
+    @functools.cached_property
+    def busy_SL(self) -> np.ndarray:
+        """bool [S, L]: where any token chose an expert. A step or layer without tokens says nothing of the routing: means leave it out."""
+        return self.counts.any(axis=(2, 3))
+
+    @property
+    def num_idle_steps(self) -> int:
+        """Steps in which a layer has no tokens that has some in others."""
+        return int((~self.busy_SL[:, self.busy_SL.any(axis=0)]).any(axis=1).sum())
+
     def layer(self, layer: int, steps: slice = slice(None)) -> LayerTraffic:
-        """The mean traffic of one layer over `steps`. `layer` -1 is not special: it is the last one."""
+        """The mean traffic of one layer over those of `steps` in which it has any. `layer` -1 is not special: it is the last one."""
         window = self.counts[steps, layer].astype(np.float64)
-        counts = window.mean(axis=0)
+        counts = window.sum(axis=0) / max(self.busy_SL[steps, layer].sum(), 1)
         return LayerTraffic(counts, self._pairs_per_step(layer, counts.sum()), window.sum(axis=1), self.topk)
 
     def _pairs_per_step(self, layer: int, selections: float) -> np.ndarray | None:
@@ -147,7 +160,7 @@ class RoutingTrace:
         sampled = np.trace(pairs)
         np.fill_diagonal(pairs, 0.0)
         # Without a diagonal the pairs were counted over the whole trace.
-        return pairs * (selections / sampled if sampled > 0 else 1.0 / self.num_steps)
+        return pairs * (selections / sampled if sampled > 0 else 1.0 / max(self.busy_SL[:, layer].sum(), 1))
 
 
 def save_trace(trace: RoutingTrace, path: Path, *, force: bool = False, compress: bool = True) -> None:
@@ -162,7 +175,7 @@ def save_trace(trace: RoutingTrace, path: Path, *, force: bool = False, compress
 
 def load_trace(path: Path) -> RoutingTrace:
     """Reads and checks a trace file. Raises `ScaleMoEError` naming file and array."""
-    with open_regular(path, most=_MOST_BYTES) as file:
+    with open_regular(path, most=MOST_BYTES) as file:
         begin = file.read(16)
         if not begin.startswith(_ZIP):
             found = f"a file that begins with {begin!r}"
@@ -186,8 +199,8 @@ def load_trace(path: Path) -> RoutingTrace:
 def _array(archive: zipfile.ZipFile, member: str) -> np.ndarray:
     """An array of an npz file, unpacked only if it has the size that it declares."""
     size = archive.getinfo(member).file_size
-    if size > _MOST_BYTES:
-        raise ScaleMoEError(f"must be {_MOST_BYTES >> 30} GiB or less", found=f"{size >> 30} GiB", place=member.removesuffix(".npy"))
+    if size > MOST_BYTES:
+        raise ScaleMoEError(f"must be {MOST_BYTES >> 30} GiB or less", found=f"{size >> 30} GiB", place=member.removesuffix(".npy"))
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -19,7 +19,7 @@ COST = CostModel(hidden_size=64, ffn_hidden_size=32, gpu_TFLOPs=0.01, micro_batc
 LINKS = Links(star_cluster(equal_nodes(2, 2), seed=5))
 SUMMARY_KEYS = (
     "step_us dispatch_us combine_us compute_us replica_us max_over_mean_mean max_over_mean_p95 bytes_scale_out bytes_scale_up wait_share "
-    "migrated_bytes migration_us replans steps warm_up_steps"
+    "migrated_bytes migration_us replans steps warm_up_steps idle_steps"
 )
 
 
@@ -70,6 +70,15 @@ def test_warm_up_steps_are_left_out_of_the_summary_but_counted():
     whole = replay(trace, plan, LINKS, COST, warm_up_steps=2)
     later = replay(dataclasses.replace(trace, counts=trace.counts[2:]), plan, LINKS, COST)
     assert whole.summary() == {**later.summary(), "warm_up_steps": 2}
+
+
+def test_steps_without_tokens_are_left_out_of_the_summary():
+    trace, plan = small_trace(), plan_with_replicas(2)
+    with_idle = dataclasses.replace(trace, counts=np.insert(trace.counts, [1, 5], 0, axis=0))
+    assert replay(with_idle, plan, LINKS, COST).summary() == {**replay(trace, plan, LINKS, COST).summary(), "idle_steps": 2}
+    empty_layer = dataclasses.replace(trace, counts=trace.counts * np.array([1, 0, 1], dtype=np.int32)[:, None, None])
+    summary, replayed = (r := replay(empty_layer, plan, LINKS, COST)).summary(), r
+    assert summary["max_over_mean_mean"] == pytest.approx(replayed.max_over_mean[:, [0, 2]].mean())
 
 
 def test_balancing_the_copies_is_never_worse_than_splitting_evenly():

@@ -1,6 +1,7 @@
 """Megatron's JSON Lines, written by hand after the documented formats, against counts made from the same tokens another way."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.traffic import megatron_jsonl
 from megatron_scalemoe.traffic.megatron_jsonl import read_megatron
 
 EXPERTS, TOPK = 6, 2
@@ -131,6 +133,44 @@ def test_tokens_per_expert_are_spread_evenly_over_the_sources(tmp_path, inside):
     assert trace.meta["layer_names"] == ["decoder.2", "mtp.0.0"]
 
 
+@pytest.mark.parametrize(
+    ("ranks", "stages", "num_ranks", "held"),
+    [
+        ([2, 3], 2, None, [1]),
+        ([0, 1], 2, 2, [0]),
+        ([0, 1, 2, 3], 3, None, [0, 1]),
+        ([2, 3, 4, 5], 4, None, [1, 2]),
+        ([4, 5, 6, 7], 2, 2, [1]),
+    ],
+)
+def test_stages_without_moe_layers_write_no_files(tmp_path, ranks, stages, num_ranks, held):
+    for rank in ranks:
+        write(tmp_path, rank, [{"iter": 1, "layer": 0, "tpe": [[rank, 1]]}], "rank{}.jsonl")
+    trace = read_megatron(tmp_path, topk=1, pipeline_stages=stages, num_ranks=num_ranks)
+    assert trace.meta["layer_names"] == [f"stage{stage}.decoder.0" if held[-1] else "decoder.0" for stage in held]
+    assert trace.counts.sum() == sum(ranks) + len(ranks)
+
+
+@pytest.mark.parametrize(("missing", "cause"), [("call", "dropped"), ("layer", "--pipeline-stages")])
+def test_the_cause_of_uneven_records_is_the_one_that_it_can_be(tmp_path, missing, cause):
+    write(tmp_path, 0, [record(0, layer, 0, tokens("a")) for layer in (0, 0, 1, 1)])
+    write(tmp_path, 1, [record(0, layer, 1, tokens("b")) for layer in ((0, 0, 1) if missing == "call" else (0, 0))])
+    with pytest.raises(ScaleMoEError, match="no iteration has the same number") as caught:
+        read_megatron(tmp_path, num_experts=EXPERTS)
+    assert cause in caught.value.try_
+
+
+def test_a_line_without_end_and_a_pipe_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(megatron_jsonl, "_LINE_BYTES", 300)
+    path = write(tmp_path, 0, [record(0, 0, 0, [[0, 1]]), record(0, 0, 0, tokens("x", 60))])
+    with pytest.raises(ScaleMoEError, match=r"rank0.jsonl:2: a line has at most"):
+        read_megatron(tmp_path, num_experts=EXPERTS)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ScaleMoEError, match="must be a regular file"):
+        read_megatron(tmp_path, num_experts=EXPERTS)
+
+
 GOOD = record(0, 0, 0, [[0, 1], [2, 3]])
 
 
@@ -172,8 +212,12 @@ def test_errors_of_the_whole_job_say_what_to_do(tmp_path):
         read_megatron(tmp_path)
     with pytest.raises(ScaleMoEError, match="expert-parallel ranks must divide"):
         read_megatron(tmp_path, num_experts=EXPERTS, num_ranks=2)
-    with pytest.raises(ScaleMoEError, match="pipeline stages must divide the ranks"):
-        read_megatron(tmp_path, num_experts=EXPERTS, pipeline_stages=2)
+    with pytest.raises(ScaleMoEError, match="must be 1 or more"):
+        read_megatron(tmp_path, num_experts=EXPERTS, pipeline_stages=0)
+    with pytest.raises(ScaleMoEError, match="at most 65536 experts"):
+        read_megatron(tmp_path, num_experts=100_000)
+    with pytest.raises(ScaleMoEError, match="co-activation of 1 layers"):
+        read_megatron(tmp_path, num_experts=65_536, coactivation=True)
     (tmp_path / "job").mkdir()
     write_received(tmp_path / "job")
     with pytest.raises(ScaleMoEError, match="--topk with the model's number"):

@@ -54,6 +54,27 @@ def test_every_number_follows_its_definition():
     assert summary["total"]["drift_50"] is None
 
 
+def test_steps_and_layers_without_tokens_change_no_mean():
+    counts = np.random.default_rng(0).integers(1, 9, size=(4, 2, 2, 6))
+    plain = summarize(RoutingTrace(counts, meta={"topk": 2}))
+    with_gaps = np.zeros((7, 3, 2, 6), dtype=int)
+    with_gaps[:4, :2] = counts
+    gaps = summarize(RoutingTrace(with_gaps, meta={"topk": 2}))
+    assert (gaps["idle_steps"], gaps["empty_layers"]) == (3, 1)
+    assert (plain["idle_steps"], plain["empty_layers"]) == (0, 0)
+    assert gaps["total"] == pytest.approx(plain["total"])
+    assert gaps["tokens_per_step"] == plain["tokens_per_step"]
+    assert set(gaps["per_layer"][2].values()) == {2, None}
+    with_gaps[1] = 0
+    assert summarize(RoutingTrace(with_gaps))["total"]["drift_1"] == pytest.approx(
+        mean(variation(*(counts[s, layer].sum(axis=0).tolist() for s in (2, 3))) for layer in range(2))
+    )
+
+
+def test_a_trace_without_any_tokens_still_has_a_summary():
+    assert summarize(RoutingTrace(np.zeros((3, 2, 2, 4), dtype=int)))["total"]["max_over_mean_experts"] == 0
+
+
 def test_the_noise_is_what_repeated_draws_differ_by():
     rng = np.random.default_rng(1)
     share = rng.dirichlet(np.full(16, 0.7))

@@ -1,12 +1,14 @@
 """Synthetic traces have the skew, drift and affinities that they promise."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.traffic import matrices
+from megatron_scalemoe.traffic import matrices, synthetic
 from megatron_scalemoe.traffic.matrices import COACTIVATION_BYTES, distinct_factor
 from megatron_scalemoe.traffic.summary import gini, summarize
 from megatron_scalemoe.traffic.synthetic import DEFAULTS, synthesize
@@ -172,8 +174,39 @@ def test_coactivation_is_left_out_where_it_is_large_or_says_nothing(monkeypatch)
 
 
 @pytest.mark.parametrize(
+    "sizes",
+    [
+        {"ranks": 64, "steps": 64},
+        {"experts": 600, "layers": 4},
+        {"kind": "clustered", "experts": 256, "ranks": 16, "steps": 12},
+        {"kind": "recorded", "steps": 400, "layers": 12},
+        {"steps": 300, "layers": 20, "ranks": 1, "coactivation": False},
+    ],
+)
+def test_the_memory_asked_for_is_about_what_is_taken(sizes, monkeypatch):
+    asked = []
+    monkeypatch.setattr(synthetic, "check_memory", lambda num_bytes, *_, **__: asked.append(num_bytes))
+    tracemalloc.start()
+    synthesize(**sizes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= asked[0] * 1.02 <= 4 * peak
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"steps": 10**9}, {"ranks": 10**6, "steps": 10**6, "tokens_per_rank": 1}, {"experts": 65_536, "coactivation": True, "layers": 99}],
+)
+def test_sizes_beyond_memory_are_named_before_anything_is_made(sizes):
+    with pytest.raises(ScaleMoEError, match="must fit in memory") as caught:
+        synthesize(**sizes)
+    assert all(f"{name} {size}" in caught.value.problem for name, size in sizes.items() if name in ("steps", "ranks", "experts"))
+
+
+@pytest.mark.parametrize(
     ("parameters", "message"),
     [
+        ({"experts": 100_000}, "experts: must be at most 65536"),
         ({"kind": "nonsense"}, "kind: must be one of zipf"),
         ({"ranks": 0}, "ranks: must be 1 or more"),
         ({"topk": 65}, "topk: must be at most the number of experts"),

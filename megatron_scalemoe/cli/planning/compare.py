@@ -105,6 +105,8 @@ def format_result(result: dict) -> str:
     if baseline["warm_up_steps"]:
         note += f" The first {baseline['warm_up_steps']} recorded steps, before the first plan, are left out."
     times = f"Times are of one micro-batch through all MoE layers, mean of {baseline['steps']} recorded steps"
+    if baseline["idle_steps"]:
+        times += f" (not of {baseline['idle_steps']} without tokens)"
     if any(row["gap"] is not None for row in rows):
         times += "; the gap is from a lower bound, for as many slots, to the cost of the mean traffic"
     return f"{format_table(headers, cells)}\n\n{note}\n{times}."

@@ -54,6 +54,7 @@ def _result(request: PlanRequest, report: PlanReport, written: str | None) -> di
         "gap": report.gap,
         "cut": report.solved.cut,
         "seconds": report.solved.seconds,
+        "idle_steps": request.trace.num_idle_steps,
         "replicas": int(report.plan.num_replicas.sum()),
         "replica_slots": report.plan.num_layers * request.replicas,
         "plan": written,
@@ -99,6 +100,8 @@ def format_result(result: dict) -> str:
     table = format_table(["", BASELINE, result["solver"]], rows)
     faster = base["cost_us"] / result["cost_us"] if result["cost_us"] else 1.0
     notes = [f"{faster:.2f}x the speed of the contiguous placement, for one micro-batch of the trace's mean traffic."]
+    if result["idle_steps"]:
+        notes.append(f"Recorded steps without tokens are left out of the mean: {result['idle_steps']} in the trace.")
     if result["replicas"] < result["replica_slots"]:
         notes.append("Replica slots stay empty where the solver found no replica that saves more than it costs.")
     if result["cut"]:

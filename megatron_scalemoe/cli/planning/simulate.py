@@ -135,6 +135,8 @@ def format_result(result: dict, *, compared: bool) -> str:
     counted = f"Mean of {steps} (one micro-batch, {result['layers']} MoE layers, {result['ranks']} ranks)"
     if result["warm_up_steps"]:
         counted += f", without the {result['warm_up_steps']} before the first plan"
+    if result["idle_steps"]:
+        counted += f", without {result['idle_steps']} that have no tokens"
     return f"{table}\n\n{counted}.\n{_meaning(result) if compared else _alone(result)}"
 
 

@@ -93,7 +93,7 @@ def run_discover(args: argparse.Namespace) -> int:
 def _read_layout(args: argparse.Namespace) -> NodeLayout:
     import dataclasses
 
-    from megatron_scalemoe.topology.discover.layout import layout_of_topology, vertices_of_kind
+    from megatron_scalemoe.topology.discover.layout import layout_of_topology, vertices_of_kind, without_slow_nics
     from megatron_scalemoe.topology.discover.nccl_xml import read_nccl_xml
     from megatron_scalemoe.topology.discover.nvidia_smi import read_nvidia_smi
     from megatron_scalemoe.topology.topology_file import load_topology
@@ -105,7 +105,7 @@ def _read_layout(args: argparse.Namespace) -> NodeLayout:
     else:
         layout = layout_of_topology(load_topology(args.node))
     if args.nic_Gbps is None:
-        return layout
+        return without_slow_nics(layout)
     if not (math.isfinite(args.nic_Gbps) and args.nic_Gbps > 0):
         raise ScaleMoEError("--nic-Gbps must be a finite number above 0", found=args.nic_Gbps)
     nics = [v.name for v in vertices_of_kind(layout.topology, "nic")]

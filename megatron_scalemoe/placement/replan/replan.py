@@ -237,8 +237,9 @@ def _max_over_mean(plan: PlacementPlan, problems: list[LayerProblem]) -> float:
         loads_SE = problem.traffic.loads
         mean_S = loads_SE.sum(axis=1) / plan.num_ranks
         largest_S, _ = balanced_max_load(loads_SE, plan.hosts(layer))
-        ratios.append(np.where(mean_S > 0, largest_S / np.maximum(mean_S, np.finfo(float).tiny), 1.0))
-    return float(np.mean(ratios))
+        ratios.append(largest_S[mean_S > 0] / mean_S[mean_S > 0])
+    known = np.concatenate(ratios)
+    return float(known.mean()) if known.size else 1.0
 
 
 def _candidate(plan: PlacementPlan, old: PlacementPlan, problems: list[LayerProblem]) -> _Candidate:

@@ -17,13 +17,14 @@ def plausible_loads(loads_SE: np.ndarray, cases: int, rng: np.random.Generator) 
     One half of the weight: recorded steps, evenly spaced (up to half of the cases). The other half: drawn around their mean by lognormal
     changes of each expert, from as large as between recorded steps to three times that; in opposite pairs, so that few cases suffice.
 
-    loads_SE: float [S, E], oldest first, not all 0; whoever wants the latest traffic to count gives the latest steps only.
+    loads_SE: float [S, E], oldest first, not all 0; whoever wants the latest traffic to count gives the latest steps only. Steps without
+    tokens are left out.
     """
+    loads_SE = loads_SE[loads_SE.any(axis=1)]
     center_E = loads_SE.mean(axis=0)
     number = min(len(loads_SE), max(1, cases // 2))
     # The last step is always among them.
     recorded_SE = loads_SE[len(loads_SE) - 1 - np.arange(number) * len(loads_SE) // number]
-    recorded_SE = np.where(recorded_SE.any(axis=1, keepdims=True), recorded_SE, center_E)
     drawn = cases - number
     noise = rng.standard_normal((-(-drawn // 2), center_E.size))
     growth = np.linspace(*_DRIFT_GROWTH, len(noise))[:, None]
@@ -41,7 +42,5 @@ def _drift_per_step(loads_SE: np.ndarray) -> float:
         return DEFAULT_DRIFT
     before, after = loads_SE[:-1], loads_SE[1:]
     weight = before + after
-    if not weight.any():
-        return DEFAULT_DRIFT
     squared = np.square(np.log((after + 1.0) / (before + 1.0)))
     return float(np.clip(np.sqrt((weight * squared).sum() / weight.sum()), *_DRIFT_RANGE))

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from megatron_scalemoe.errors import ScaleMoEError
-from megatron_scalemoe.topology.builders.parts import MAX_LINKS, SWITCH_HOP_US, HDR_GBps, Parts
-from megatron_scalemoe.topology.discover.layout import NodeLayout, vertices_of_kind
+from megatron_scalemoe.topology.builders.parts import MAX_LINKS, SWITCH_HOP_US, Parts
+from megatron_scalemoe.topology.discover.layout import NodeLayout, slot_GBps, usual_nic_GBps, vertices_of_kind
 from megatron_scalemoe.topology.discover.slurm import Fabric, Switch
 from megatron_scalemoe.topology.graph import Topology, UnreachableError
 
@@ -17,7 +17,7 @@ def cluster_of(layout: NodeLayout, fabric: Fabric, *, hosts: Sequence[str] | Non
 
     The NICs of a host that hangs on several leaves are dealt to them in turn: rails are leaves with all hosts each. The link between two
     switches is as wide as all that hangs below, divided by `oversubscription` and by the number of switches above. A NIC is as fast as its
-    leaf's `LinkSpeed` allows; if its own speed is not known, that fast, or 200 Gb/s.
+    slot and its leaf's `LinkSpeed` allow; if its own speed is not known, as fast as `LinkSpeed`, or as is usual in its slot.
 
     Raises `ScaleMoEError` when a host is not in the fabric, the layout has no NIC, or hosts cannot reach each other.
     """
@@ -74,7 +74,8 @@ def _add_leaf_links(parts: Parts, layout: NodeLayout, fabric: Fabric, number_of:
             leaf = leaves[i % len(leaves)]
             if leaf.name not in below_GBps:
                 parts.vertex(leaf.name, "switch")
-            nic_GBps = layout.nic_GBps.get(nic.name, leaf.port_GBps or HDR_GBps)
+            slot = slot_GBps(layout.topology, nic.name)
+            nic_GBps = min(slot, layout.nic_GBps.get(nic.name, leaf.port_GBps or usual_nic_GBps(slot)))
             bandwidth = min(nic_GBps, leaf.port_GBps or nic_GBps)
             parts.cable(_node_name(nic.name, number_of[host]), leaf.name, bandwidth, SWITCH_HOP_US)
             below_GBps[leaf.name] = below_GBps.get(leaf.name, 0.0) + bandwidth

@@ -34,6 +34,9 @@ NIC_HOP_US = GPU_TO_NIC_US - GPU_HOP_US
 LEAVE_SWITCH_US = 0.45  # from the switch that holds a device, upwards
 INNER_HOP_US = 0.05  # between switches, root complexes and sockets
 EDR_GBps = 100 * GBIT_IN_GB
+# Below this share of the fastest NIC's speed a NIC carries no traffic of ranks: it is there for management or storage. (NCCL gives a GPU
+# the fastest NICs only.)
+MIN_NIC_SHARE = 0.5
 
 
 class GpuModel(NamedTuple):
@@ -98,7 +101,8 @@ def layout_of_parts(path: Path, parts: Parts, nic_GBps: Mapping[str, float], not
 
 
 def layout_of_topology(topology: Topology) -> NodeLayout:
-    """From a topology of one node. What belongs to a fabric is dropped; the links to it say how fast the NICs are.
+    """From a topology of one node. What belongs to a fabric is dropped; the links to it say how fast the NICs are. A note says what is
+    taken where there are none.
 
     Raises `ScaleMoEError` when there are several nodes, or the GPUs need the fabric to reach each other.
     """
@@ -113,7 +117,37 @@ def layout_of_topology(topology: Topology) -> NodeLayout:
             links.append(link)
         elif link.source in nics:
             nic_GBps[link.source] = nic_GBps.get(link.source, 0.0) + link.bandwidth_GBps
-    return NodeLayout(Topology.build(topology.name, vertices, links), nic_GBps)
+    layout = NodeLayout(Topology.build(topology.name, vertices, links), nic_GBps)
+    usual = sorted({usual_nic_GBps(slot_GBps(layout.topology, nic)) * 8 for nic in nics - set(nic_GBps)})
+    if usual:
+        speeds = " and ".join(f"{gbps:g}" for gbps in usual)
+        note = f"the file does not tell how fast NICs are: taken {speeds} Gb/s, usual in such slots, or LinkSpeed (--nic-Gbps sets it)"
+        layout = dataclasses.replace(layout, notes=(note,))
+    return layout
+
+
+def slot_GBps(topology: Topology, nic: str) -> float:
+    """GB/s between a NIC and its node: it cannot pass on more."""
+    return sum(topology.graph.edges[nic, end]["bandwidth_GBps"] for end in topology.graph.successors(nic))
+
+
+def usual_nic_GBps(slot_GBps: float) -> float:
+    """GB/s of the NIC that usually sits in a slot this fast."""
+    return NDR_GBps if slot_GBps >= PCIE5_GBps else HDR_GBps if slot_GBps >= PCIE4_GBps else EDR_GBps
+
+
+def without_slow_nics(layout: NodeLayout) -> NodeLayout:
+    """Without the NICs far below the fastest, which a note names."""
+    fastest = max(layout.nic_GBps.values(), default=0.0)
+    slow = {name: speed for name, speed in layout.nic_GBps.items() if speed < MIN_NIC_SHARE * fastest}
+    if not slow:
+        return layout
+    vertices = [v for v in layout.topology.vertices if v.name not in slow]
+    links = [link for link in layout.topology.full_links if link.source not in slow and link.target not in slow]
+    named = ", ".join(f"{name.removeprefix('node0/')} ({speed * 8:g} Gb/s)" for name, speed in slow.items())
+    note = f"left out, slower than half of the fastest NIC ({fastest * 8:g} Gb/s), so no traffic of ranks (nor NCCL's): {named}"
+    kept = {name: speed for name, speed in layout.nic_GBps.items() if name not in slow}
+    return NodeLayout(Topology.build(layout.topology.name, vertices, links), kept, (*layout.notes, note))
 
 
 def vertices_of_kind(topology: Topology, kind: str) -> list[Vertex]:

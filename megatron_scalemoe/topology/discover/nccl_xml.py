@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_scalemoe.topology.builders.machines import SOCKET_GBps
@@ -30,7 +31,7 @@ from megatron_scalemoe.topology.discover.layout import (
 from megatron_scalemoe.topology.discover.xml_tree import Element, read_xml
 
 # PCI classes of an nvlink's other end.
-_NVSWITCH_CLASS, _GPU_CLASS = "0x068000", "0x03"
+_NVSWITCH_CLASS, _GPU_CLASS, _CPU_CLASS = "0x068000", "0x03", "0x068001"
 # From compute capability (times 10) on: the row of GPU_MODELS. 8.6 and 8.9 are RTX and A40.
 _MODEL_OF_SM = {100: "b200", 90: "h100", 86: "a6000", 80: "a100", 75: "2080ti", 70: "v100", 0: "p100"}
 # NCCL takes 10 Gb/s where a NIC's speed is unknown, 16 lanes where a link's width is.
@@ -58,7 +59,8 @@ def read_nccl_xml(path: Path) -> NodeLayout:
     for one, other in itertools.combinations(cpus, 2):
         if one.get("host_hash") == other.get("host_hash"):
             parts.cable(tree.name_of[one], tree.name_of[other], min(map(_socket_GBps, (one, other))), INNER_HOP_US)
-    _add_nvlinks(parts, gpus, names)
+    _add_nvlinks(parts, gpus, names, notes)
+    notes += _unread(root)
     return layout_of_parts(path, parts, tree.nic_GBps, notes)
 
 
@@ -143,11 +145,28 @@ class _PcieTree:
         return self.parts.vertex(f"node0/{what}{self.counts[what] - 1}", kind, 0)
 
 
-def _add_nvlinks(parts: Parts, gpus: list[Element], names: dict[Element, str]) -> None:
-    """NVSwitches become one vertex: their planes never block each other. Links between two GPUs are given at both, and counted once."""
+def _unread(root: Element) -> Iterator[str]:
+    """What the file holds and the layout does not."""
+    if (link := next(root.iter("xgmi"), None)) is not None:
+        yield f"line {link.sourceline}: <xgmi> links (RCCL, AMD) are not read: these GPUs are taken as linked over PCIe only"
+    ports: set[tuple] = set()
+    for net in root.iter("net"):
+        card = net.getparent().getparent()
+        port = _host(card), card.get("busid", "").rpartition(".")[0], net.get("port")
+        if card.tag == "pci" and port in ports:
+            text = "if they are virtual functions, they share one port (--nic-Gbps sets each NIC's speed)"
+            yield f"line {net.sourceline}: several networks on port {port[2]} of the card {port[1]}, counted as ports of their own: {text}"
+            return
+        ports.add(port)
+
+
+def _add_nvlinks(parts: Parts, gpus: list[Element], names: dict[Element, str], notes: list[str]) -> None:
+    """NVSwitches become one vertex: their planes never block each other. Links between two GPUs are given at both, and counted once. NCCL
+    writes all links of a GPU: those to a GPU that is no rank here (or itself, or a processor) are left out."""
     at_bus = {(_host(gpu), gpu.getparent().required("busid").lower()): names[gpu] for gpu in gpus}
     to_switch: dict[str, float] = {}
     direct: dict[tuple[str, str], float] = {}
+    outside: list[Element] = []
     for gpu in gpus:
         name = names[gpu]
         for link in gpu.iterchildren("nvlink"):
@@ -157,15 +176,20 @@ def _add_nvlinks(parts: Parts, gpus: list[Element], names: dict[Element, str]) -
                 raise link.error("attribute 'count' must be 1 or more", found=link.integer("count"))
             if tclass == _NVSWITCH_CLASS:
                 to_switch[name] = to_switch.get(name, 0.0) + bandwidth
-            elif tclass.startswith(_GPU_CLASS):
-                if at_bus.get((_host(gpu), target), name) == name:
-                    raise link.error("attribute 'target' must be the busid of another GPU", found=repr(target[:80]))
-                pair = name, at_bus[_host(gpu), target]
-                direct[pair] = direct.get(pair, 0.0) + bandwidth
+            elif tclass.startswith((_GPU_CLASS, _CPU_CLASS)):
+                pair = name, at_bus.get((_host(gpu), target), name)
+                if pair == (name, name):
+                    outside.append(link)
+                else:
+                    direct[pair] = direct.get(pair, 0.0) + bandwidth
             else:
                 raise link.error(
                     f"attribute 'tclass' must be {_NVSWITCH_CLASS} (NVSwitch) or {_GPU_CLASS}.. (GPU)", found=repr(tclass[:80])
                 )
+    if outside:
+        first = f"line {outside[0].sourceline}: NVLink to {outside[0].get('target')[:40]}"
+        more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
+        notes.append(f"{first}{more}: the other end is no rank of this file: left out")
     if to_switch:
         switch = parts.vertex("node0/nvswitch", "switch", 0)
         for name, bandwidth in to_switch.items():
@@ -177,7 +201,7 @@ def _add_nvlinks(parts: Parts, gpus: list[Element], names: dict[Element, str]) -
 
 
 def _host(element: Element) -> str | None:
-    while element.getparent().tag != "system":
+    while element.getparent() is not None and element.getparent().tag != "system":
         element = element.getparent()
     return element.get("host_hash")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_scalemoe.errors import ScaleMoEError
@@ -33,6 +34,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _CELL = re.compile(r"X|NV[1-9][0-9]?|" + "|".join(PCIE_CLASSES))
 _GPU = re.compile(r"GPU[0-9]+")
 _LISTED_GPU = re.compile(r"GPU [0-9]+: (.+?) \(UUID")
+_MIG = re.compile(r"^\s+MIG .*\(UUID: MIG", re.MULTILINE)
 _NUMA_COLUMN = 1  # counted after the devices: CPU affinity, NUMA affinity, GPU NUMA ID
 
 
@@ -49,8 +51,9 @@ class TopoMatrix:
 
 def read_nvidia_smi(path: Path, model: str | None = None) -> NodeLayout:
     """The machine that printed the file. model: a key of GPU_MODELS, if known. Raises `ScaleMoEError` naming file and line."""
-    matrix = parse_matrix(path, read_text(path))
-    notes: list[str] = []
+    text = read_text(path)
+    matrix = parse_matrix(path, text)
+    notes = list(_hidden(matrix, text))
     figures = _figures(path, matrix, model, notes)
     parts, names = add_pcie_tree(matrix.devices, matrix.cells, matrix.numa, figures.pcie_GBps)
     add_nvlinks(parts, names, matrix.cells, figures)
@@ -58,6 +61,16 @@ def read_nvidia_smi(path: Path, model: str | None = None) -> NodeLayout:
     if nics:
         notes.append(f"nvidia-smi does not tell how fast NICs are: taken {figures.nic_GBps * 8:g} Gb/s each (--nic-Gbps sets it)")
     return layout_of_parts(path, parts, dict.fromkeys(nics, figures.nic_GBps), notes)
+
+
+def _hidden(matrix: TopoMatrix, text: str) -> Iterator[str]:
+    """What the machine may have and the matrix does not show."""
+    if "PIX  =" in text and "NV#" not in text:
+        yield "the matrix is of `nvidia-smi topo -mp`, which hides NVLink: `nvidia-smi topo -m` shows it"
+    if _MIG.search(text):
+        yield "GPUs are partitioned (MIG): each is taken as one rank; partitions would share its links"
+    if 2 * sum(not device.startswith("GPU") for device in matrix.devices) > len(matrix.devices):
+        yield "more NICs than GPUs: each is counted as a port of its own, virtual functions and storage's too"
 
 
 def parse_matrix(path: Path, text: str) -> TopoMatrix:

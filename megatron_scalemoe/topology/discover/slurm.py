@@ -61,6 +61,8 @@ class _Line:
 
 def read_slurm(path: Path) -> Fabric:
     """Raises `ScaleMoEError` naming file and line, also for switches that hang on themselves."""
+    if path.suffix in (".yaml", ".yml"):
+        raise ScaleMoEError("topology.yaml is not supported", found=path, try_="topology.conf: the same switches as SwitchName= lines")
     lines = list(_parse_lines(path, read_text(path)))
     kinds = {"block" if "switchname" not in line.values else "switch" for line in lines}
     if not any("switchname" in line.values or "blockname" in line.values for line in lines):
@@ -102,14 +104,14 @@ def _notes(switches: tuple[Switch, ...]) -> Iterator[str]:
 
 
 def _parse_lines(path: Path, text: str) -> Iterator[_Line]:
-    """Lines with their keys in lower case; a backslash at the end continues a line, `#` starts a comment."""
+    """Lines with their keys in lower case; a backslash at the end joins the next line to it as it is, `#` starts a comment."""
     pending, first = "", 0
     physical = text.splitlines()
     for number, raw in enumerate(physical, start=1):
         first = first or number
         pending += raw.partition("#")[0].rstrip()
         if pending.endswith("\\") and number < len(physical):
-            pending = pending[:-1] + " "
+            pending = pending[:-1]
             continue
         if pending.strip():
             yield _parse_line(path, first, pending)

@@ -98,6 +98,32 @@ def test_c2c_replaces_the_slow_slot():
     assert links_of(read_nccl_xml(GB200))["node0/gpu0", "node0/cpu0"] == 225
 
 
+def test_an_nvlink_whose_other_end_is_no_rank_is_left_out_and_told(tmp_path):
+    ends = {"0000:bd:00.0": "0x030200", "0000:00:00.0": "0x030200", "0000:01:00.0": "0x030200", "0004:00": "0x068001"}
+    links = "".join(f"<nvlink target='{end}' count='4' tclass='{tclass}'/>" for end, tclass in ends.items())
+    layout = read(tmp_path, system(f"<gpu dev='0' sm='80'>{links}</gpu>", "<gpu dev='1' sm='80'/>"))
+    assert [link for link in links_of(layout) if "cpu" not in "".join(link)] == [("node0/gpu0", "node0/gpu1"), ("node0/gpu1", "node0/gpu0")]
+    (note,) = layout.notes
+    assert note.startswith("line 2: NVLink to 0000:bd:00.0 and 2 more")
+
+
+NET = "<nic><net name='a' dev='0' speed='100000' port='1'/></nic>"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (system("<gpu dev='0' sm='90'><xgmi target='x' count='1' tclass='0x03'/></gpu>"), "<xgmi>"),
+        (system("<gpu dev='0' sm='90'/>", NET), None),
+        (system("<gpu dev='0' sm='90'/>", NET, NET).replace("0000:02:00.0", "0000:01:00.1"), "virtual functions"),
+        (system("<gpu dev='0' sm='90'/>", NET, NET.replace("port='1'", "port='2'")).replace("0000:02:00.0", "0000:01:00.1"), None),
+    ],
+)
+def test_what_the_layout_leaves_out_is_told(tmp_path, text, told):
+    notes = read(tmp_path, text).notes
+    assert [told in note for note in notes] == [True] if told else notes == ()
+
+
 LINKED = '<gpu dev="{0}" sm="80"{1}><nvlink target="x" count="{2}" tclass="0x068000"/></gpu>'
 
 
@@ -124,7 +150,6 @@ def test_gpus_come_in_order_of_device_otherwise(tmp_path):
         (system("<gpu sm='80'/>"), "attribute 'dev' is missing"),
         (system("<gpu dev='one' sm='80'/>"), "attribute 'dev' must be an integer"),
         (system("<gpu dev='0' sm='80'><nvlink target='a' count='0' tclass='0x068000'/></gpu>"), "'count' must be 1 or more"),
-        (system("<gpu dev='0' sm='80'><nvlink target='a' count='1' tclass='0x0302'/></gpu>"), "busid of another GPU"),
         (system("<gpu dev='0' sm='80'><nvlink target='a' count='1' tclass='0x01'/></gpu>"), "'tclass' must be"),
         (system("<gpu dev='0' sm='80'/>").replace('link_width="16"', 'link_width="99"'), "'link_width' must be 1 to 32"),
         ("<a>" * 300 + "</a>" * 300, "not valid XML"),

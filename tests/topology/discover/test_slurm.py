@@ -28,6 +28,16 @@ def test_a_tree_with_comments_continued_lines_and_any_case():
     assert fabric.notes[0].startswith("LinkSpeed is read as Gb/s")
 
 
+def test_a_backslash_joins_lines_as_they_are(tmp_path):
+    assert read(tmp_path, "SwitchName=s Nodes=a[1-2],\\\nb[1-\\  \n2]\n").hosts == ("a1", "a2", "b1", "b2")
+
+
+def test_slurms_yaml_form_is_refused_by_its_name(tmp_path):
+    (tmp_path / "topology.yaml").write_text("- topology: tree\n")
+    with pytest.raises(ScaleMoEError, match="not supported"):
+        read_slurm(tmp_path / "topology.yaml")
+
+
 def test_switches_come_after_their_children_whatever_the_files_order(tmp_path):
     fabric = read(tmp_path, "SwitchName=top Switches=mid\nSwitchName=mid Switches=b,a\nSwitchName=a Nodes=n2\nSwitchName=b Nodes=n1\n")
     assert [s.name for s in fabric.switches] == ["a", "b", "mid", "top"]
