@@ -10,6 +10,7 @@ from pydantic import Field
 from megatron_scalemoe.cli.common import add_option_flags, add_output_flags, emit, format_table, options_from_args
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.typed import Options
+from megatron_scalemoe.units import format_table as format_table_of_width
 
 
 class Example(Options):
@@ -51,6 +52,20 @@ def test_table_aligns_numbers_to_the_right():
 
 def test_table_without_rows():
     assert format_table(["a", "bb"], []) == "a  bb\n-  --"
+
+
+def test_a_narrow_terminal_shortens_texts_and_then_leaves_columns_out():
+    headers, row = ["policy", "step ms", "why"], ["local_search + 16 replicas, every 2", "12.345", "a reason of some length, wrapped"]
+    for width in (60, 45, 20):
+        table = format_table_of_width(headers, [row], width=width)
+        assert max(map(len, table.splitlines()[:3])) <= width
+        assert "12.345" in table
+    assert "why" in table.splitlines()[-1]
+    assert "leng…" not in format_table_of_width(headers, [row], width=60)
+
+
+def test_what_is_no_character_is_escaped():
+    assert format_table(["name"], [["\ud800\x1b[31m"]]).splitlines()[-1] == "\\ud800\\x1b[31m"
 
 
 def test_emit_prints_the_table_and_writes_the_json(tmp_path, capsys):
