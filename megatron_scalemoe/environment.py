@@ -43,9 +43,7 @@ def refusal(error: OSError | MemoryError | ImportError) -> ScaleMoEError:
         frame = frame.tb_next
     where = "" if frame is None else f", in {frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
     if isinstance(error, MemoryError):
-        return ScaleMoEError(
-            "out of memory", found=f"{error or 'an allocation that failed'}{where}", try_="a larger ulimit -v, or less work"
-        )
+        return ScaleMoEError("out of memory", found=f"{error}{where}".strip(", "), try_="a larger ulimit -v, or less work")
     if isinstance(error, ImportError):
         return ScaleMoEError("a package cannot be imported", found=f"{error}{where}", try_="scalemoe doctor says what is missing")
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]

@@ -40,7 +40,7 @@ def _finite(value: object) -> object:
 def format_table(headers: list[str], rows: list[list[object]], *, width: int | None = None) -> str:
     """Columns padded to their widest cell; those whose every cell starts with a digit go to the right. No trailing blanks.
 
-    width: the terminal's. Then texts are shortened, the last column's wrapped, and columns that still do not fit are left out from the right.
+    width: the terminal's. Then texts are shortened, the last column is wrapped, and columns that do not fit are left out from the right.
     """
     cells = [[printable(str(cell)) for cell in row] for row in rows]
     right = [bool(cells) and all(row[i][:1].isdigit() for row in cells) for i in range(len(headers))]

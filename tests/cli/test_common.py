@@ -56,7 +56,7 @@ def test_table_without_rows():
 
 def test_a_narrow_terminal_shortens_texts_and_then_leaves_columns_out():
     headers, row = ["policy", "step ms", "why"], ["local_search + 16 replicas, every 2", "12.345", "a reason of some length, wrapped"]
-    for width in (60, 45, 20):
+    for width in (60, 45, 24):
         table = format_table_of_width(headers, [row], width=width)
         assert max(map(len, table.splitlines()[:3])) <= width
         assert "12.345" in table
