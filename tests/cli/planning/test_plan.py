@@ -39,6 +39,12 @@ def with_trace(counts: np.ndarray, **meta: object) -> list[str]:
     return [*PLAN, "--trace", "other.npz"]
 
 
+@pytest.mark.parametrize("flags", ["--topology trace.npz --trace trace.npz", "--topology topo.yaml --trace topo.yaml"])
+def test_swapped_files_are_told_by_what_they_are(flags, failure):
+    kind, other = ("trace", "topology") if "topology trace.npz" in flags else ("topology", "trace")
+    assert f"is a {kind}, --{other} wants a {other}" in failure("plan", *flags.split())
+
+
 def test_json_has_the_stable_keys_and_the_contiguous_baseline(run_json):
     result = run_json(*PLAN)
     assert set(result) >= STABLE_KEYS

@@ -1,0 +1,40 @@
+"""What sets the time of a layer: a link, a rank's experts, the replicas, or what every exchange costs however little it carries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megatron_scalemoe.cost.layer import LayerCost
+from megatron_scalemoe.cost.network import Links
+
+
+class Bottleneck(NamedTuple):
+    """Of the costliest layer: what is busy longest, for `busy_us` of `layer_us`. kind: link, compute, replicas or overhead."""
+
+    layer: int
+    kind: str
+    what: str
+    busy_us: float
+    layer_us: float
+
+    def __str__(self) -> str:
+        verb = {"link": "carries", "compute": "computes"}.get(self.kind, "takes")
+        return (
+            f"Bottleneck: in layer {self.layer}, the slowest, {self.what} {verb} {self.busy_us / 1e3:.3f} of {self.layer_us / 1e3:.3f} ms."
+        )
+
+
+def bottleneck(layers: Sequence[LayerCost], links: Links) -> Bottleneck:
+    """Of the costliest of `layers`, which were priced on `links`."""
+    layer = max(range(len(layers)), key=lambda i: layers[i].total_us)
+    cost = layers[layer]
+    link, rank = int(cost.busy_us_X.argmax()), int(cost.load_G.argmax())
+    link_us = float(cost.busy_us_X[link])
+    kinds = [
+        ("link", "->".join(links.topology.links[link]), link_us),
+        ("compute", f"rank {rank}", cost.compute_us),
+        ("replicas", "sending parameters to replicas", cost.replica_us),
+        ("overhead", "latency and fixed overhead of the exchanges", cost.dispatch_us + cost.combine_us - link_us),
+    ]
+    return Bottleneck(layer, *max(kinds, key=lambda kind: kind[2]), cost.total_us)
