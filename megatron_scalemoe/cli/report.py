@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
     progress(f"reading {args.run_dir}")
     found = collect(args.run_dir, ignore=output)
+    if args.micro_batches is None:  # one number for the page: what its results were made with
+        args.micro_batches = next((r.micro_batches for results in found.results.values() for r in results if r.micro_batches), None)
     cost = cost_from_args(args, next((trace.meta for trace in found.traces.values()), None))
     command = shlex.join(["scalemoe", *sys.argv[1:]])
     page, story = make_report(found, cost, command=command, date=datetime.datetime.now(datetime.timezone.utc), progress=progress)
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         "summary": story.summary,
         "files": [{"name": row.name, "kind": row.kind} for row in found.files],
         "training": [dict(zip(table.headers, row, strict=True)) for table in tables for row in table.rows],
-        "figures": [panel.title for section in story.sections for panel in section.panels],
+        "figures": [panel.heading for section in story.sections for panel in section.panels],
         "warnings": story.warnings,
         "damaged": [{"name": name, "error": error} for name, error in found.damaged],
         "unrecognised": found.unrecognised,

@@ -8,6 +8,9 @@ from typing import NamedTuple
 from megatron_scalemoe.cost.layer import LayerCost
 from megatron_scalemoe.cost.network import Links
 
+# Dispatch and combine load opposite directions of a link, so that each has half of the time that links take.
+_LINK_SHARE = 0.25
+
 
 class Bottleneck(NamedTuple):
     """Of the costliest layer: what is busy longest, for `busy_us` of `layer_us`. kind: link, compute, replicas or overhead."""
@@ -29,12 +32,13 @@ def bottleneck(layers: Sequence[LayerCost], links: Links) -> Bottleneck:
     """Of the costliest of `layers`, which were priced on `links`."""
     layer = max(range(len(layers)), key=lambda i: layers[i].total_us)
     cost = layers[layer]
-    link, rank = int(cost.busy_us_X.argmax()), int(cost.load_G.argmax())
-    link_us = float(cost.busy_us_X[link])
-    kinds = [
-        ("link", "->".join(links.topology.links[link]), link_us),
-        ("compute", f"rank {rank}", cost.compute_us),
-        ("replicas", "sending parameters to replicas", cost.replica_us),
-        ("overhead", "latency and fixed overhead of the exchanges", cost.dispatch_us + cost.combine_us - link_us),
-    ]
-    return Bottleneck(layer, *max(kinds, key=lambda kind: kind[2]), cost.total_us)
+    link_us, exchange_us = float(cost.busy_us_X.max(initial=0.0)), cost.dispatch_us + cost.combine_us
+    if cost.compute_us >= max(exchange_us, cost.replica_us):
+        part = ("compute", f"rank {cost.load_G.argmax()}", cost.compute_us)
+    elif cost.replica_us >= exchange_us:
+        part = ("replicas", "sending parameters to replicas", cost.replica_us)
+    elif link_us >= _LINK_SHARE * exchange_us:
+        part = ("link", "->".join(links.topology.links[int(cost.busy_us_X.argmax())]), link_us)
+    else:
+        part = ("overhead", "latency and fixed overhead of the exchanges", exchange_us - link_us)
+    return Bottleneck(layer, *part, cost.total_us)

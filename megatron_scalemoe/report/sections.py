@@ -51,6 +51,12 @@ def tell(run: Run, cost: CostModel, *, progress: Progress) -> Story:
     policies = _policy_groups(run)
     trainings = in_order(run.trainings)
     warnings += training_warnings(trainings)
+    for result in (result for results in run.results.values() for result in results):
+        if result.micro_batches not in (None, cost.micro_batches):
+            made = (
+                f"{result.name} was made for {result.micro_batches} micro-batches a step, what this page computes for {cost.micro_batches}"
+            )
+            warnings.append(f"{made}: replicas have other prices.")
     sections = [
         _unless_broken(TRAINING, "Training runs", lambda: training_section(trainings)),
         _unless_broken("policies", "What it gains", lambda: _policies(policies)),

@@ -46,8 +46,6 @@ _STYLE = {
 }
 _MAX_LABEL = 34
 _PX_PER_POINT = 1.35
-# Narrower, labels could not be read: the picture scrolls in its frame instead.
-_LEAST_PX = 560
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +63,19 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One figure of the page. `title`: the finding; `alt`: what the picture shows, in words; `note`: how to read it, or where it ends."""
+    """One figure of the page. `title`: the finding; `measured`: or else computed from a model; `alt`: what the picture shows, in words; `note`: how to read it, or where it ends."""
 
     title: str
     alt: str
     svg: str
     table: Table
     note: str = ""
+    measured: bool = False
+
+    @property
+    def heading(self) -> str:
+        """The finding, and where it comes from."""
+        return f"{'Measured' if self.measured else 'Computed'}: {self.title}"
 
 
 @contextlib.contextmanager
@@ -109,8 +113,7 @@ def to_svg(figure: Figure, name: str) -> str:
     text = re.sub(r"<[^>]*>", lambda tag: _on_page(tag[0], name), text[text.index("<svg") :])
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
     assert size is not None, "matplotlib writes a viewBox"
-    width_px = float(size[1]) * _PX_PER_POINT
-    style = f"max-width:{width_px:.0f}px;min-width:{min(_LEAST_PX, width_px):.0f}px"
+    style = f"max-width:{float(size[1]) * _PX_PER_POINT:.0f}px"
     return f'<svg {size[0]} style="{style}" aria-hidden="true" focusable="false">{text.split(">", 1)[1]}'.strip()
 
 

@@ -103,7 +103,7 @@ def test_what_is_wrong_is_said_in_one_error_without_a_plan(failure):
     before = sorted(os.listdir())
     for flags, message in (
         (["--topology", "none.yaml"], "none.yaml: cannot read the file"),
-        (["--topology", "trace.npz"], "trace.npz: not a text file"),
+        (["--topology", "trace.npz"], "trace.npz is a trace, --topology wants a topology"),
         (["--trace", "topo.yaml"], "topo.yaml: not a readable npz file"),
         (["--trace", "wide.npz"], "topo.yaml must have a GPU for each of the 8 ranks of wide.npz\n  found: 4 GPUs"),
         (["--trace", "six.npz"], "six.npz: the number of experts must be a multiple of the ranks\n  found: 6 on 4"),
