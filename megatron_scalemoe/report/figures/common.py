@@ -63,7 +63,10 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One figure of the page. `title`: the finding; `measured`: or else computed from a model; `alt`: what the picture shows, in words; `note`: how to read it, or where it ends."""
+    """One figure of the page. `title`: the finding; `alt`: what the picture shows, in words; `note`: how to read it, or where it ends.
+
+    measured: or else computed from a model.
+    """
 
     title: str
     alt: str
