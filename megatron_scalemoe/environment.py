@@ -1,6 +1,7 @@
 """Which software and machine this is, for `scalemoe doctor` and beside every measured number. Needs neither torch nor megatron."""
 
 import datetime
+import errno
 import hashlib
 import importlib.metadata
 import os
@@ -10,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import megatron_scalemoe
+from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.version import __version__
 
 # The tested releases, each with its later patches, as in pyproject.toml's `train` extra. The first is for every supported Python.
@@ -42,6 +44,21 @@ def is_supported_megatron(version: str) -> bool:
     """Whether a megatron-core version is of a release that we test, or a later patch of one. A release candidate counts as its release."""
     found = _release(version)
     return any(release[:2] == found[:2] and release <= found for release in map(_release, MEGATRON_CORE_RELEASES))
+
+
+def refusal(error: OSError | MemoryError | ImportError) -> ScaleMoEError:
+    """What the system refused (a file, memory, a library), as the one error that users see."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    where = "" if frame is None else f", in {frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
+    if isinstance(error, MemoryError):
+        return ScaleMoEError("out of memory", found=f"{error}{where}".strip(", "), try_="a larger ulimit -v, or less work")
+    if isinstance(error, ImportError):
+        return ScaleMoEError("a package cannot be imported", found=f"{error}{where}", try_="scalemoe doctor says what is missing")
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    try_ = "a larger ulimit -n" if error.errno in (errno.EMFILE, errno.ENFILE) else None
+    return ScaleMoEError("the system refused", found=f"{error.strerror or error}{where}", try_=try_, place=" -> ".join(names) or None)
 
 
 def describe_environment(command: list[str]) -> dict[str, object]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import runpy
 import sys
 from pathlib import Path
 
+from megatron_scalemoe.environment import refusal
 from megatron_scalemoe.errors import ScaleMoEError, as_raised
+from megatron_scalemoe.faults.told import tell_once
 
 _HELP = {"-h", "--help"}
 
@@ -29,8 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run_script(Path(argv[0]), argv[1:])
     except ScaleMoEError as error:
-        print(f"[rank {os.environ.get('RANK', 0)}] error: {as_raised(error)}", file=sys.stderr, flush=True)
-        return 1
+        return tell_once(as_raised(error))
+    except (OSError, MemoryError, ImportError) as error:
+        return tell_once(refusal(error))
     return 0
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from arguments import parse_args
 
+from megatron_scalemoe.environment import refusal
 from megatron_scalemoe.errors import ScaleMoEError, as_raised
 from megatron_scalemoe.faults.orphans import end_with_launcher
+from megatron_scalemoe.faults.told import tell_once
 from megatron_scalemoe.mcore import cpu_ranks
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ def pretrain(load_task: Callable[[], Task]) -> int:
 
         train(args, load_task())
     except ScaleMoEError as error:
-        print(f"[rank {os.environ.get('RANK', 0)}] error: {as_raised(error)}", file=sys.stderr, flush=True)
-        return 1
+        return tell_once(as_raised(error))
+    except (OSError, MemoryError, ImportError) as error:
+        return tell_once(refusal(error))
     return 0
 
 

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_scalemoe.environment import refusal
+from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.faults.orphans import end_with_launcher
+from megatron_scalemoe.faults.told import tell_once
+from megatron_scalemoe.units import to_json
 
 
 def run_worker(measure: Callable[[], dict], result_file: Path, timeout_s: float) -> None:
     """Joins the ranks (NCCL where there are GPUs, gloo otherwise), measures, and writes the result of rank 0 as JSON."""
     end_with_launcher()
+    try:
+        _measure_together(measure, result_file, timeout_s)
+    except ScaleMoEError as error:
+        sys.exit(tell_once(error))
+    except (OSError, MemoryError, ImportError) as error:
+        sys.exit(tell_once(refusal(error)))
+
+
+def _measure_together(measure: Callable[[], dict], result_file: Path, timeout_s: float) -> None:
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -24,7 +37,7 @@ def run_worker(measure: Callable[[], dict], result_file: Path, timeout_s: float)
     try:
         result = measure()
         if dist.get_rank() == 0:
-            result_file.write_text(json.dumps(result))
+            result_file.write_text(to_json(result), encoding="utf-8")
     finally:
         dist.destroy_process_group()
 

@@ -2,8 +2,8 @@
 
 import argparse
 import contextlib
-import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +13,8 @@ from megatron_scalemoe.environment import describe_environment
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import check_writable, write_atomically
 from megatron_scalemoe.typed import Options, plain_kind
-from megatron_scalemoe.units import format_table as format_table
+from megatron_scalemoe.units import format_table as units_table
+from megatron_scalemoe.units import to_json
 
 OK = 0
 CHECK_FAILED = 3
@@ -80,7 +81,7 @@ def emit(args: argparse.Namespace, result: dict, text: str) -> None:
         print_result(args, result, text)
     finally:
         if args.output is not None:
-            write_atomically(args.output, json.dumps(result, indent=2) + "\n", force=args.force)
+            write_atomically(args.output, to_json(result) + "\n", force=args.force)
 
 
 def emit_measured(args: argparse.Namespace, result: dict, text: str, problems: Sequence[str] = ()) -> int:
@@ -92,10 +93,15 @@ def emit_measured(args: argparse.Namespace, result: dict, text: str, problems: S
     return CHECK_FAILED if problems else OK
 
 
+def format_table(headers: list[str], rows: list[list[object]]) -> str:
+    """As `units.format_table`: as wide as the terminal, and as it needs to be elsewhere."""
+    return units_table(headers, rows, width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+
+
 def print_result(args: argparse.Namespace, result: dict, text: str) -> None:
     """For commands whose `--output` is something else than their result."""
     try:
-        print(json.dumps(result, indent=2) if args.json else text, flush=True)
+        print(to_json(result) if args.json else text, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -13,6 +13,7 @@ from megatron_scalemoe.units import format_bytes
 from megatron_scalemoe.version import __version__
 
 INSTALL = "pip install 'megatron-scalemoe[train]'"
+PLANNER_NEEDS = ("numpy", "scipy", "networkx", "yaml", "pydantic")
 # Docker's default is 64 MiB; NCCL takes about 10 MiB for each pair of ranks, DataLoader workers more.
 SHM_WANTED = 1 << 30
 
@@ -117,7 +118,9 @@ def features(facts: dict) -> list[dict]:
     shm = facts["shm"]["total_bytes"]
     gpu = torch["cuda"] and torch["nccl"]
     why_not_cpu, why_not_cuda = facts["why_not_native"]["cpu"], facts["why_not_native"]["cuda"]
+    lacking = [name for name in PLANNER_NEEDS if importlib.util.find_spec(name) is None]
     return [
+        _feature("planner: topology, trace, plan, simulate, compare, diff", not lacking, f"not installed: {', '.join(lacking)}"),
         _feature("training on GPUs (NCCL)", gpu, _no_backend(torch, "nccl")),
         _feature("training on CPU ranks (gloo)", torch["gloo"], _no_backend(torch, "gloo")),
         _feature("--scalemoe-dispatch ragged, padded", torch["gloo"] or gpu, _no_backend(torch, "gloo")),
@@ -144,6 +147,10 @@ def _feature(name: str, works: bool, why_not: str) -> dict:
     return {"name": name, "works": works, "why_not": None if works else why_not}
 
 
+def _planner(report: dict) -> str:
+    return " The planner works here: it needs neither torch nor megatron-core." if report["features"][0]["works"] else ""
+
+
 def format_report(report: dict) -> str:
     """The three tables that people read."""
     versions = [[name, version or "not installed"] for name, version in report["versions"].items()]
@@ -156,6 +163,6 @@ def format_report(report: dict) -> str:
             format_table(["software", "version"], versions),
             format_table(["needed to train", "found", "status"], checks),
             format_table(["works", "feature", "why not"], works),
-            "Ready to train." if report["ok"] else "Not ready to train: see MISSING above.",
+            "Ready to train." if report["ok"] else f"Not ready to train: see MISSING above.{_planner(report)}",
         ]
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli.common import OK, format_table
+from megatron_scalemoe.units import to_json
 
 if TYPE_CHECKING:
     from megatron_scalemoe.job.job_file import Job
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"scalemoe: note: Megatron's flags are not checked: {why}", file=sys.stderr)
     if args.json:
         result = {"program": job.content.program, "flags": flag_words(job), "values": describe_values(job), "follows": numbers}
-        print(json.dumps(result, indent=2))
+        print(to_json(result))
     elif args.explain:
         print(format_explanation(job, numbers))
     else:

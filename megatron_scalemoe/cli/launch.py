@@ -22,7 +22,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     text = "submit a job's YAML file to SLURM"
     description = f"{text}: the script of examples/slurm with its configuration written from the file."
     parser = commands.add_parser("launch", help=text, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="the job's file, as in examples/configs")
+    job = parser.add_mutually_exclusive_group(required=True)
+    job.add_argument("config", metavar="CONFIG", type=Path, nargs="?", help="the job's file, as in examples/configs")
+    job.add_argument("--config", dest="config_flag", metavar="FILE", type=Path, help="the same as CONFIG")
     parser.add_argument("--script", choices=SCRIPTS, default=SCRIPTS[0], help="what to run (default %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print the script instead of submitting it")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="also write the script to FILE")
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_scalemoe.job.sbatch import render_sbatch
 
     check_output(args.output, force=args.force)
-    job = load_job(args.config)
+    job = load_job(args.config or args.config_flag)
     numbers = check_job(job)
     check_cluster(job)
     if why := why_unchecked(job):

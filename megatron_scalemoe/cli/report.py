@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from megatron_scalemoe.cli.common import OK, check_output, format_table
 from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
 from megatron_scalemoe.files import write_atomically
-from megatron_scalemoe.units import format_bytes
+from megatron_scalemoe.units import format_bytes, to_json
 
 DESCRIPTION = """\
 Reads topologies (YAML), traces (npz), plans (JSON) and what `plan`, `simulate`, `compare` and `bench` print with --json, all directly in
@@ -53,23 +52,25 @@ def run(args: argparse.Namespace) -> int:
 
     progress(f"reading {args.run_dir}")
     found = collect(args.run_dir, ignore=output)
+    if args.micro_batches is None:  # one number for the page: what its results were made with
+        args.micro_batches = next((r.micro_batches for results in found.results.values() for r in results if r.micro_batches), None)
     cost = cost_from_args(args, next((trace.meta for trace in found.traces.values()), None))
     command = shlex.join(["scalemoe", *sys.argv[1:]])
     page, story = make_report(found, cost, command=command, date=datetime.datetime.now(datetime.timezone.utc), progress=progress)
     write_atomically(output, page, force=args.force)
-    tables = [section.panels[0].table for section in story.sections if section.id == TRAINING]
+    tables = [panel.table for section in story.sections if section.id == TRAINING for panel in section.panels[:1]]
     result = {
         "report": str(output),
         "bytes": len(page.encode()),
         "summary": story.summary,
         "files": [{"name": row.name, "kind": row.kind} for row in found.files],
         "training": [dict(zip(table.headers, row, strict=True)) for table in tables for row in table.rows],
-        "figures": [panel.title for section in story.sections for panel in section.panels],
+        "figures": [panel.heading for section in story.sections for panel in section.panels],
         "warnings": story.warnings,
         "damaged": [{"name": name, "error": error} for name, error in found.damaged],
         "unrecognised": found.unrecognised,
     }
-    print(json.dumps(result, indent=2) if args.json else format_result(result))
+    print(to_json(result) if args.json else format_result(result))
     return OK
 
 

@@ -12,10 +12,22 @@ from pathlib import Path
 
 from megatron_scalemoe.environment import PACKAGE_PARENT, usable_cores
 from megatron_scalemoe.errors import ScaleMoEError
+from megatron_scalemoe.faults.told import TOLD_FILE
 
 # After SIGTERM torchrun passes the signal on to its ranks; this is how long they get before SIGKILL.
 GRACE_SECONDS = 5
 LOG_TAIL_BYTES = 8000
+# torchrun without its own traceback below what the ranks have said.
+_LAUNCHER = """
+import logging, sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+try:
+    run(parse_args(sys.argv[1:]))
+except ChildFailedError as error:
+    sys.exit(abs(error.get_first_failure()[1].exitcode) or 1)
+"""
 
 
 def result_of_ranks(module: str, arguments: list[str], *, ranks: int, timeout: float, quiet: bool) -> dict:
@@ -32,10 +44,11 @@ def run_ranks(module: str, arguments: list[str], *, ranks: int, timeout: float, 
 
     The ranks' output goes to stderr; with `quiet` only the end of it, and only after a failure.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [sys.executable, *launcher, "-m", module, *arguments]
+    command = [sys.executable, "-c", _LAUNCHER, "--standalone", "--nproc_per_node", str(ranks), "-m", module, *arguments]
     environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // ranks)), **os.environ}
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory(prefix="scalemoe-told-") as folder:
+        told = Path(folder) / "error"
+        environment[TOLD_FILE] = str(told)
         process = subprocess.Popen(
             command,
             env=environment,
@@ -52,6 +65,8 @@ def run_ranks(module: str, arguments: list[str], *, ranks: int, timeout: float, 
                 code = None
         if code == 0:
             return
+        if told.exists():
+            raise ScaleMoEError(told.read_text(encoding="utf-8"))
         if quiet:
             log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
             print(log.read().decode(errors="replace"), file=sys.stderr)

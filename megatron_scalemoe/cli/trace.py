@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table, naming_flags, print_result
+from megatron_scalemoe.cli.file_kinds import wanted
 from megatron_scalemoe.errors import ScaleMoEError
 
 KINDS = ("zipf", "clustered", "bursty", "single_hot", "recorded")
@@ -163,7 +164,8 @@ def run_summary(args: argparse.Namespace) -> int:
     from megatron_scalemoe.traffic.summary import summarize
     from megatron_scalemoe.traffic.trace import load_trace
 
-    trace = load_trace(args.trace)
+    with wanted("trace", args.trace, "trace summary"):
+        trace = load_trace(args.trace)
     summary = {"file": str(args.trace), **summarize(trace)}
     if args.plot is not None:
         _plot(trace, args)

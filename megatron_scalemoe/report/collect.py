@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -60,13 +61,17 @@ def collect(directory: Path, *, ignore: Path | None = None) -> Run:
     """
     if not directory.is_dir():
         raise ScaleMoEError(f"{directory} must be a directory with the files of a run", found="no such directory", try_=WANTED)
-    skipped = ignore.resolve() if ignore else None
-    run = Run(directory=printable(directory.resolve().name))
+    # Not Path.resolve: it raises on links that lead in a circle.
+    skipped = os.path.realpath(ignore) if ignore else None
+    run = Run(directory=printable(os.path.basename(os.path.realpath(directory))))
     of_training = is_run_folder(directory)
     if of_training:
         _add_training(run, directory, run.directory, "")
     for path in sorted(directory.iterdir()):
-        if path.name.startswith(".") or path.resolve() == skipped:
+        if path.name.startswith(".") or os.path.realpath(path) == skipped:
+            continue
+        if not path.exists():
+            run.damaged.append((printable(path.name), f"{printable(path.name)}: a link to nothing, or in a circle"))
             continue
         if path.is_dir():
             if is_run_folder(path):
@@ -90,8 +95,8 @@ def _add_training(run: Run, folder: Path, name: str, prefix: str) -> None:
     try:
         training = read_training_run(folder, name)
         rows = [_file_row(folder / file, f"{prefix}{file}", "training run") for file in (CONFIG_FILE, HISTORY_FILE)]
-    except ScaleMoEError as error:
-        run.damaged.append((name, printable(str(error))))
+    except Exception as error:
+        run.damaged.append((name, _told(error, name)))
         return
     run.trainings.append(training)
     run.files.extend(rows)
@@ -105,8 +110,13 @@ def _add(run: Run, path: Path) -> None:
             run.unrecognised.append(name)
             return
         run.files.append(_file_row(path, name, kind))
-    except ScaleMoEError as error:
-        run.damaged.append((name, printable(str(error))))
+    except Exception as error:
+        run.damaged.append((name, _told(error, name)))
+
+
+def _told(error: Exception, name: str) -> str:
+    """A file may hold anything: what no reader foresaw must not cost the page."""
+    return printable(str(error) if isinstance(error, ScaleMoEError) else f"{name}: cannot be read: {type(error).__name__}: {error}")
 
 
 def _file_row(path: Path, name: str, kind: str) -> FileRow:

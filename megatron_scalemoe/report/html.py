@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 
 from megatron_scalemoe.cost.model import CostModel
-from megatron_scalemoe.report.collect import Run
+from megatron_scalemoe.report.collect import Run, printable
 from megatron_scalemoe.report.figures.common import Table
 from megatron_scalemoe.report.page import Story
 from megatron_scalemoe.report.sections import tell
@@ -38,7 +38,7 @@ def make_report(run: Run, cost: CostModel, *, command: str, date: datetime.datet
         facts=[("command", command), ("version", f"megatron-scalemoe {__version__}"), ("date", date.isoformat(timespec="seconds"))],
         tables=[_files(run), _constants(cost), *_provenance(run)],
     )
-    return page, story
+    return printable(page), story
 
 
 def _files(run: Run) -> Table:

@@ -55,11 +55,17 @@ class DispatcherRow(Facts):
     max_rel_error: NotNegative | None = None
 
 
+class _Cost(Facts):
+    micro_batches: int | None = Field(default=None, ge=1)
+
+
 class Comparison(Facts):
+    cost: _Cost = _Cost()
     rows: list[PolicyRow]
 
 
 class Simulation(PolicyRow):
+    cost: _Cost = _Cost()
     policy: str | None = None
     baseline: PolicyRow | None = None
 
@@ -77,6 +83,7 @@ class Search(Facts):
 
 
 class PlanResult(SolverRow):
+    cost: _Cost = _Cost()
     layers: list[Search] = Field(default_factory=list)
 
     @property
@@ -114,12 +121,13 @@ class Curve:
 class Result:
     """A result file. `rows`: texts `name` (the file's) and what names the row, else floats; absent keys are left out.
 
-    curves: of a plan's result.
+    curves: of a plan's result. micro_batches: of an optimizer step, that replicas were priced for; None if the file does not say.
     """
 
     name: str
     rows: list[dict]
     curves: list[Curve]
+    micro_batches: int | None = None
 
 
 def kind_of_result(data: dict) -> str | None:
@@ -140,7 +148,7 @@ def kind_of_result(data: dict) -> str | None:
 def read_result(document: Document, kind: str, name: str) -> Result:
     """Raises `ScaleMoEError` naming file, line and field if something is missing or of the wrong kind."""
     parsed = document.parse(RESULTS[kind])
-    rows = [{"name": name, **row.model_dump(exclude_none=True, exclude={"baseline", "layers"})} for row in parsed.rows]
+    rows = [{"name": name, **row.model_dump(exclude_none=True, exclude={"baseline", "layers", "cost"})} for row in parsed.rows]
     for row in rows if kind == "simulate" else ():
         row.setdefault("policy", name)
     searches = parsed.layers if isinstance(parsed, PlanResult) else []
@@ -149,4 +157,4 @@ def read_result(document: Document, kind: str, name: str) -> Result:
         for layer, search in enumerate(searches)
         if search.history
     ]
-    return Result(name, rows, curves)
+    return Result(name, rows, curves, parsed.cost.micro_batches if isinstance(parsed, Comparison | Simulation | PlanResult) else None)

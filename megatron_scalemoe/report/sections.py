@@ -20,7 +20,7 @@ from megatron_scalemoe.report.figures.topology import MAX_RANKS, bandwidth_panel
 from megatron_scalemoe.report.figures.trace import trace_figure
 from megatron_scalemoe.report.page import Section, Story, Tile
 from megatron_scalemoe.report.training_runs import TrainingRun, in_order
-from megatron_scalemoe.report.training_section import training_section, training_summary, training_warnings
+from megatron_scalemoe.report.training_section import TRAINING, training_section, training_summary, training_warnings
 from megatron_scalemoe.topology.graph import Topology
 from megatron_scalemoe.topology.routes import compute_routes
 from megatron_scalemoe.traffic.summary import summarize
@@ -42,6 +42,8 @@ class Inputs:
 
 def tell(run: Run, cost: CostModel, *, progress: Progress) -> Story:
     """Computes and draws everything. progress: called with what comes next. Raises `ScaleMoEError` when matplotlib is missing."""
+    with report_style():
+        pass
     inputs = choose(run)
     warnings = list(inputs.warnings)
     evaluations = _evaluate(inputs, cost, warnings, progress)
@@ -49,17 +51,34 @@ def tell(run: Run, cost: CostModel, *, progress: Progress) -> Story:
     policies = _policy_groups(run)
     trainings = in_order(run.trainings)
     warnings += training_warnings(trainings)
+    for result in (result for results in run.results.values() for result in results):
+        if result.micro_batches not in (None, cost.micro_batches):
+            made = (
+                f"{result.name} was made for {result.micro_batches} micro-batches a step, what this page computes for {cost.micro_batches}"
+            )
+            warnings.append(f"{made}: replicas have other prices.")
     sections = [
-        training_section(trainings),
-        _policies(policies),
-        _balance(evaluations),
-        _network(inputs, evaluations),
-        _plans(run, inputs, evaluations),
-        _traffic(inputs.trace),
-        _measured(run),
+        _unless_broken(TRAINING, "Training runs", lambda: training_section(trainings)),
+        _unless_broken("policies", "What it gains", lambda: _policies(policies)),
+        _unless_broken("balance", "Load of the ranks", lambda: _balance(evaluations)),
+        _unless_broken("network", "The network", lambda: _network(inputs, evaluations)),
+        _unless_broken("plans", "The plan", lambda: _plans(run, inputs, evaluations)),
+        _unless_broken("traffic", "What the router asks for", lambda: _traffic(inputs.trace)),
+        _unless_broken("measured", "Measured", lambda: _measured(run)),
     ]
-    summary, tiles = _summary(run, trainings, policies, evaluations)
+    try:
+        summary, tiles = _summary(run, trainings, policies, evaluations)
+    except Exception as error:  # as in _unless_broken
+        summary, tiles = f"These files give no summary: {type(error).__name__}: {error}", []
     return Story(summary, tiles, [s for s in sections if s is not None], warnings)
+
+
+def _unless_broken(id: str, title: str, make: Callable[[], Section | None]) -> Section | None:
+    """Values that no model foresaw (a number too large for an axis, a name that no font has) cost their section, not the page."""
+    try:
+        return make()
+    except Exception as error:
+        return Section(id, title, f"This section could not be made: {type(error).__name__}: {error}", [])
 
 
 def choose(run: Run) -> Inputs:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.files import Document, read_document
@@ -21,14 +21,17 @@ _FREE |= {"moe_dispatcher", "moe_token_dispatcher_type", "distributed_timeout_mi
 _HARDWARE = ("cpu", "gpu", "cores", "system", "torch", "megatron_core")
 
 
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+
+
 class Interval(Facts):
     """Live balance's figures of some steps up to `iteration`; times are means per step, of the slowest rank.
 
     local_share: of the selections, those computed on the rank of their token; uniform_share: what chance gives. None where not measured.
     """
 
-    iteration: int
-    steps: int
+    iteration: Count
+    steps: Count
     replica_ms: Number
     exposed_ms: Number
     max_over_mean: Number
@@ -40,23 +43,23 @@ class Interval(Facts):
 class ReplanEvent(Facts):
     """A plan that came into force, or one that was not worth it (`changed` False)."""
 
-    iteration: int
+    iteration: Count
     changed: bool
-    moved_homes: int
-    replicas_added: int
+    moved_homes: Count
+    replicas_added: Count
     took_s: Number
 
 
 class _Event(Facts):
     event: str
-    iteration: int | None = None
+    iteration: Count | None = None
     reason: str | None = None
 
 
 class _Record(Facts):
     """Of training steps, with a loss and a speed, or of a validation."""
 
-    iteration: int
+    iteration: Count
     lm_loss: Number | None = None
     tokens_per_s: Annotated[Number, Field(gt=0)] | None = None
     max_over_mean_load: Number | None = None
@@ -69,16 +72,35 @@ class _Train(Facts):
     events: list[_Event] = Field(default_factory=list)
 
 
-class _Config(Facts):
-    schema_version: SchemaVersion
-    args: dict
-    env: dict
+class _Options(Facts):
+    """Of the run's options, those that say what was on."""
 
-    @model_validator(mode="after")
-    def _of_ours(self) -> _Config:
-        if not isinstance(self.args.get("moe_dispatcher"), str):
-            raise refused("'moe_dispatcher' is missing", field=("args",))
-        return self
+    moe_dispatcher: str
+    moe_token_dispatcher_type: str | None = None
+    scalemoe_dispatch: str | None = None
+    scalemoe_replicas: Count | None = None
+    scalemoe_sequence_placement: str | None = None
+    scalemoe_migrate: bool | None = None
+    scalemoe_plan: str | None = None
+    scalemoe_config: str | None = None
+    scalemoe_force_skew: Number | None = None
+
+
+class _Config(Facts):
+    """args: all options; those of `_Options` are checked."""
+
+    schema_version: SchemaVersion
+    args: dict[str, Any]
+    env: dict[str, Any]
+
+    @field_validator("args")
+    @classmethod
+    def _of_ours(cls, args: dict[str, Any]) -> dict[str, Any]:
+        try:
+            check(_Options, args)
+        except ScaleMoEError as error:
+            raise refused(error.problem, field=error.field, found=error.found) from error
+        return args
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

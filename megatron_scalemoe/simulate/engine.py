@@ -36,6 +36,7 @@ class Replay:
     load: [S, L, G], selections that each rank computes. wait_us: [S, L, G], how long each rank waits for the most loaded one.
     migrated_bytes, migration_us: [S], parameters and optimizer state of the homes that moved just before each step, and their time
         (not part of the step's).
+    worst_step: the layers of the longest step after warm-up.
     replans: how often the plan changed. warm_up_steps: the first steps, before there was a plan; not part of `summary`.
     """
 
@@ -53,6 +54,7 @@ class Replay:
     migration_us: np.ndarray
     replans: int
     warm_up_steps: int
+    worst_step: list[LayerCost]
 
     def summary(self) -> dict[str, float | int]:
         """Means over the steps after warm-up of each step's sum over the layers; `max_over_mean` over both steps and layers. Steps without
@@ -181,4 +183,5 @@ def _collect(steps: list[list[LayerCost]], migrations: np.ndarray, cost: CostMod
         migration_us=migrations[1],
         replans=replans,
         warm_up_steps=warm_up_steps,
+        worst_step=max(steps[warm_up_steps:], key=lambda layers: sum(layer.total_us for layer in layers)),
     )

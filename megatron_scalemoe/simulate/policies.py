@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from megatron_scalemoe.cost.bottleneck import bottleneck
 from megatron_scalemoe.cost.plan import plan_cost
 from megatron_scalemoe.placement.bound import gap_to, lower_bound_us
 from megatron_scalemoe.placement.defaults import BASELINE
@@ -70,7 +71,8 @@ class Comparison:
         bound_us = self._lower_bound_us(plans)
         gap = gap_to(bound_us, cost_us)
         solved = {"cost_us": cost_us, "lower_bound_us": None if gap is None else bound_us, "gap": gap, "seconds": seconds}
-        return {"policy": name, **replayed.summary(), **solved}
+        slowest = bottleneck(replayed.worst_step, request.links)._asdict()
+        return {"policy": name, **replayed.summary(), **solved, "bottleneck": slowest}
 
     def _lower_bound_us(self, plans: list[PlacementPlan]) -> float:
         """No placement with as many slots as `plans`, or as the request allows, costs less. Of a plan file, the slots may be more."""

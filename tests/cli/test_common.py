@@ -9,6 +9,7 @@ from pydantic import Field
 from megatron_scalemoe.cli.common import add_option_flags, format_table, options_from_args
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.typed import Options
+from megatron_scalemoe.units import format_table as format_table_of_width
 
 
 class Example(Options):
@@ -34,6 +35,20 @@ def options(*arguments: str) -> Example:
 
 def test_table_without_rows():
     assert format_table(["a", "bb"], []) == "a  bb\n-  --"
+
+
+def test_a_narrow_terminal_shortens_texts_and_then_leaves_columns_out():
+    headers, row = ["policy", "step ms", "why"], ["local_search + 16 replicas, every 2", "12.345", "a reason of some length, wrapped"]
+    for width in (60, 45, 24):
+        table = format_table_of_width(headers, [row], width=width)
+        assert max(map(len, table.splitlines()[:3])) <= width
+        assert "12.345" in table
+    assert "why" in table.splitlines()[-1]
+    assert "leng…" not in format_table_of_width(headers, [row], width=60)
+
+
+def test_what_is_no_character_is_escaped():
+    assert format_table(["name"], [["\ud800\x1b[31m"]]).splitlines()[-1] == "\\ud800\\x1b[31m"
 
 
 def test_each_option_has_a_flag_whose_default_may_be_the_commands_own():

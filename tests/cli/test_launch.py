@@ -285,7 +285,7 @@ def test_an_unknown_environment_is_named(capsys, cluster, job_file):
 
 def test_without_dry_run_the_script_is_submitted(capsys, cluster, job_file):
     text = rendered(capsys, job_file)
-    assert main(["launch", "--config", job_file]) == 0
+    assert main(["launch", job_file]) == 0
     assert capsys.readouterr().out == "submitted job 4711: scalemoe-job, 2 ranks\n"
     assert calls(cluster) == ["sbatch --parsable"]
     assert (cluster / "calls.script").read_text() == text

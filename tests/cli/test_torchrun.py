@@ -21,6 +21,10 @@ pathlib.Path(folder, rank).write_text(str(os.getpid()))
 print("hello from rank", rank)
 if what == "fail" and rank == "1":
     sys.exit("rank 1 gives up")
+if what == "tell":
+    from megatron_scalemoe.errors import ScaleMoEError
+    from megatron_scalemoe.faults.told import tell_once
+    sys.exit(tell_once(ScaleMoEError("all ranks find this")))
 if what == "hang":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(300)
@@ -50,6 +54,14 @@ def wait_until(condition, seconds: float) -> bool:
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
     return condition()
+
+
+def test_what_all_ranks_find_is_told_once(worker, capfd):
+    with pytest.raises(ScaleMoEError, match=r"^all ranks find this$"):
+        run_ranks("rank_worker", [str(worker), "tell"], ranks=2, timeout=60, quiet=False)
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    assert "find this" not in err
 
 
 def test_a_failing_rank_is_an_error_that_shows_its_log(worker, capfd):

@@ -7,6 +7,7 @@ from megatron_scalemoe.plan.placement_plan import save_plan
 from megatron_scalemoe.report.collect import collect
 from tests.report import small_run
 from tests.report.small_run import write_json, write_run
+from tests.report.training import write_training
 
 
 def test_files_are_recognised_by_what_is_in_them_whatever_their_names(tmp_path):
@@ -22,6 +23,26 @@ def test_files_are_recognised_by_what_is_in_them_whatever_their_names(tmp_path):
     assert [len(items) for items in (run.topologies, run.traces, run.plans)] == [1, 1, 1]
     (trace,) = run.traces.values()
     assert trace.content_hash == small_run.trace().content_hash
+
+
+@pytest.mark.parametrize("target", ["circle", "nowhere"])
+def test_a_link_that_leads_nowhere_costs_itself_alone(target, tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "circle").symlink_to(target)
+    run = collect(tmp_path)
+    assert [name for name, _ in run.damaged] == ["circle"]
+    assert run.files
+
+
+@pytest.mark.parametrize(
+    "changes", [{"scalemoe_dispatch": 1e9}, {"scalemoe_replicas": "4"}, {"moe_dispatcher": None}, {"scalemoe_migrate": "no"}]
+)
+def test_options_of_the_wrong_type_damage_their_run(changes, tmp_path):
+    write_training(tmp_path / "a", options=changes)
+    write_training(tmp_path / "b")
+    run = collect(tmp_path)
+    assert [name for name, _ in run.damaged] == ["a"]
+    assert [training.name for training in run.trainings] == ["b"]
 
 
 def test_a_simulation_has_its_baseline_as_first_row(tmp_path):

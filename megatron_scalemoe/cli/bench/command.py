@@ -1,6 +1,7 @@
 """`scalemoe bench`: measurements, each with its baseline from the same run."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from megatron_scalemoe.cli.torchrun import result_of_ranks
 from megatron_scalemoe.cli.train_extra import require_train_extra
 from megatron_scalemoe.config import TRANSPORTS
 from megatron_scalemoe.files import read_document
+from megatron_scalemoe.typed import Facts, Number
 from megatron_scalemoe.units import format_bytes
 
 WORKER = "megatron_scalemoe.bench.dispatch"
@@ -50,6 +52,26 @@ class DispatchSizes(RankSizes):
 
     warmup: int = Field(default=3, ge=0)
     """iterations before them"""
+
+
+class _Row(Facts):
+    """A dispatcher over a transport, as `bench.dispatch` writes it. max_rel_error: null where it was no number."""
+
+    dispatcher: str
+    transport: str
+    ranks: int = Field(ge=1)
+    dtype: Literal["fp32", "bf16"]
+    median_ms: Number = Field(gt=0)
+    p90_ms: Number = Field(gt=0)
+    bytes_out: Number = Field(ge=0)
+    ratio_to_stock: Number = Field(gt=0)
+    max_rel_error: Number | None = Field(ge=0)
+
+
+class _Result(Facts):
+    rows: list[_Row] = Field(min_length=1)
+    transports_same_bits: bool = True
+    env: dict = Field(default_factory=dict)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -81,17 +103,28 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run_dispatch(args: argparse.Namespace) -> int:
     """Launches the ranks and reports. Exit code 3 if a dispatcher's results differ from the baseline's, or the transports' at all."""
     check_output(args.output, force=args.force)
-    result = _measure(args) if args.result is None else read_document(args.result).data
+    result = _measure(args) if args.result is None else _read(args.result)
     return emit_measured(args, result, format_result(result), _problems(result))
+
+
+def _read(path: Path) -> dict:
+    """All of the file, when what we use of it is right. Raises `ScaleMoEError` naming file, line and field."""
+    document = read_document(path)
+    document.parse(_Result)
+    return document.data
 
 
 def _problems(result: dict) -> list[str]:
     tolerance = TOLERANCE[result["rows"][0]["dtype"]]
-    wrong = [f"{row['dispatcher']} ({row['transport']})" for row in result["rows"] if not row["max_rel_error"] <= tolerance]
+    wrong = [f"{row['dispatcher']} ({row['transport']})" for row in result["rows"] if not _error_of(row) <= tolerance]
     problems = [f"{', '.join(wrong)} differ from {BASELINE} by more than {tolerance:g}"] if wrong else []
     if not result.get("transports_same_bits", True):
         problems.append("scalemoe's results depend on the transport")
     return problems
+
+
+def _error_of(row: dict) -> float:
+    return math.nan if row["max_rel_error"] is None else row["max_rel_error"]
 
 
 def _measure(args: argparse.Namespace) -> dict:
@@ -120,7 +153,7 @@ def format_result(result: dict) -> str:
             f"{row['p90_ms']:.2f}",
             format_bytes(row["bytes_out"]),
             f"{row['ratio_to_stock']:.2f}",
-            f"{row['max_rel_error']:.1e}",
+            f"{_error_of(row):.1e}",
         ]
         for row in result["rows"]
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table, progress_bar
+from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags
 from megatron_scalemoe.cli.planning.requests import (
     add_input_flags,
     add_planning_flags,
@@ -39,6 +40,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_split_flag(parser)
     add_planning_flags(parser, solver=False)
     add_output_flags(parser)
+    add_cost_flags(parser)
     parser.set_defaults(handler=run)
 
 
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     for policy in policies:
         check_solver(policy)
     # A file may have the name of a solver.
-    plans = [(path, load_plan_for(path, request.trace, args.trace)) for path in args.plans]
+    plans = [(path, load_plan_for(path, request.trace, args.trace, "--plans")) for path in args.plans]
     comparison = Comparison(request, replanning, even=args.split == "even")
     rows = []
     with progress_bar(args, len(policies) + len(plans), "policy") as bar:
@@ -84,6 +86,8 @@ def _policies(args: argparse.Namespace, request: PlanRequest) -> list[str]:
 
 def format_result(result: dict) -> str:
     """The table that people read, and a line of what it means."""
+    from megatron_scalemoe.cost.bottleneck import Bottleneck
+
     rows, baseline = result["rows"], result["rows"][0]
     headers = ["policy", "step ms", "speed", "dispatch", "combine", "compute", "replicas", "max/mean", "p95", "scale-out", "gap", "plan s"]
     cells = [
@@ -104,12 +108,13 @@ def format_result(result: dict) -> str:
     note = f"Fastest: {best['policy']}, {_speed(best, baseline):.2f}x the speed of {BASELINE}."
     if baseline["warm_up_steps"]:
         note += f" The first {baseline['warm_up_steps']} recorded steps, before the first plan, are left out."
+    slowest = Bottleneck(**best["bottleneck"])
     times = f"Times are of one micro-batch through all MoE layers, mean of {baseline['steps']} recorded steps"
     if baseline["idle_steps"]:
         times += f" (not of {baseline['idle_steps']} without tokens)"
     if any(row["gap"] is not None for row in rows):
         times += "; the gap is from a lower bound, for as many slots, to the cost of the mean traffic"
-    return f"{format_table(headers, cells)}\n\n{note}\n{times}."
+    return f"{format_table(headers, cells)}\n\n{note}\n{slowest}\n{times}."
 
 
 def _speed(row: dict, baseline: dict) -> float:

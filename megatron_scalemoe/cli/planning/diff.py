@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table
 from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
-from megatron_scalemoe.cli.planning.requests import load_plan_for, load_topology_for
+from megatron_scalemoe.cli.planning.requests import load_plan_for, load_topology_for, load_trace_file
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.units import format_bytes
 
@@ -33,8 +33,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--topology", type=Path, metavar="FILE", help="the cluster: adds the time of the migration")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="the routing: adds the balance, and with --topology the cost")
     parser.add_argument("--horizon", type=int, default=500, metavar="STEPS", help="optimizer steps to pay back a migration (%(default)s)")
-    add_cost_flags(parser)
     add_output_flags(parser)
+    add_cost_flags(parser)
     parser.set_defaults(handler=run)
 
 
@@ -45,12 +45,11 @@ def run(args: argparse.Namespace) -> int:
     from megatron_scalemoe.placement.replan.plan_diff import diff_plans
     from megatron_scalemoe.placement.replan.policy import ReplanPolicy
     from megatron_scalemoe.plan.placement_plan import load_plan
-    from megatron_scalemoe.traffic.trace import load_trace
 
     if args.horizon < 1:
         raise ScaleMoEError("--horizon must be 1 or more", found=args.horizon)
-    trace = None if args.trace is None else load_trace(args.trace)
-    old, new = (load_plan(path) if trace is None else load_plan_for(path, trace, args.trace) for path in (args.old, args.new))
+    trace = None if args.trace is None else load_trace_file(args.trace)
+    old, new = (load_plan(path) if trace is None else load_plan_for(path, trace, args.trace, "diff") for path in (args.old, args.new))
     links = None
     if args.topology is not None:
         links = Links(load_topology_for(args.topology, old.num_ranks, args.trace or args.old, quiet=args.quiet))

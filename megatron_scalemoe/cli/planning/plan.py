@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, format_table, print_result, progress_bar
+from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags
 from megatron_scalemoe.cli.planning.requests import add_input_flags, add_planning_flags, request_from_args
 from megatron_scalemoe.placement.defaults import BASELINE
 from megatron_scalemoe.units import format_bytes
@@ -27,6 +28,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--last-steps", type=int, metavar="N", help="plan from the last N recorded steps (default: all)")
     parser.add_argument("--shared", action="store_true", help="one placement for all layers, from their mean traffic")
     add_output_flags(parser, output_help="write the plan to FILE")
+    add_cost_flags(parser)
     parser.set_defaults(handler=run)
 
 
@@ -47,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _result(request: PlanRequest, report: PlanReport, written: str | None) -> dict:
+    from megatron_scalemoe.cost.bottleneck import bottleneck
+
     return {
         "solver": report.plan.provenance["solver"],
         **_figures(report.cost),
@@ -64,6 +68,7 @@ def _result(request: PlanRequest, report: PlanReport, written: str | None) -> di
             {"cost_us": priced.total_us, "lower_bound_us": solved.lower_bound_us, "history": [list(p) for p in _thinned(solved.history)]}
             for priced, solved in zip(report.cost.layers, report.solved.layers, strict=True)
         ],
+        "bottleneck": bottleneck(report.cost.layers, request.links)._asdict(),
         "cost": request.cost.model_dump(),
     }
 
@@ -86,6 +91,8 @@ def _thinned(history: tuple) -> list:
 
 def format_result(result: dict) -> str:
     """The table that people read, and what was written."""
+    from megatron_scalemoe.cost.bottleneck import Bottleneck
+
     base, bounded = result["baseline"], result["gap"] is not None
     rows = [
         ["cost, all layers", f"{base['cost_us'] / 1e3:.3f} ms", f"{result['cost_us'] / 1e3:.3f} ms"],
@@ -102,6 +109,7 @@ def format_result(result: dict) -> str:
     notes = [f"{faster:.2f}x the speed of the contiguous placement, for one micro-batch of the trace's mean traffic."]
     if result["idle_steps"]:
         notes.append(f"Recorded steps without tokens are left out of the mean: {result['idle_steps']} in the trace.")
+    notes.append(str(Bottleneck(**result["bottleneck"])))
     if result["replicas"] < result["replica_slots"]:
         notes.append("Replica slots stay empty where the solver found no replica that saves more than it costs.")
     if result["cut"]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli.common import naming_flags
-from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags, cost_from_args
+from megatron_scalemoe.cli.file_kinds import wanted
+from megatron_scalemoe.cli.planning.cost_flags import cost_from_args
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.placement.defaults import SOLVER, TIME_BUDGET_S
 
@@ -21,10 +22,9 @@ if TYPE_CHECKING:
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    """`--topology` and `--trace`, both needed, and the cost model's."""
+    """`--topology` and `--trace`, both needed."""
     parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="the cluster, from scalemoe topology")
     parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="the routing, from scalemoe trace")
-    add_cost_flags(parser)
 
 
 def add_planning_flags(parser: argparse.ArgumentParser, *, solver: bool = True, replanning: bool = True) -> None:
@@ -82,7 +82,8 @@ def load_topology_for(path: Path, num_ranks: int, ranks_of: Path, *, quiet: bool
     """The first ranks of a topology. Raises `ScaleMoEError` if it has fewer than the file `ranks_of` needs."""
     from megatron_scalemoe.topology.topology_file import load_topology
 
-    topology = load_topology(path)
+    with wanted("topology", path, "--topology"):
+        topology = load_topology(path)
     if topology.num_ranks < num_ranks:
         problem = f"{path} must have a GPU for each of the {num_ranks} ranks of {ranks_of}"
         raise ScaleMoEError(problem, found=f"{topology.num_ranks} GPUs", try_=f"a topology of {num_ranks} GPUs or more")
@@ -92,22 +93,29 @@ def load_topology_for(path: Path, num_ranks: int, ranks_of: Path, *, quiet: bool
     return topology.subset(num_ranks)
 
 
-def _load_trace(path: Path) -> RoutingTrace:
-    """Raises `ScaleMoEError` if its experts cannot be placed."""
+def load_trace_file(path: Path) -> RoutingTrace:
+    """Raises `ScaleMoEError` as `load_trace`, or that the file is of another kind."""
     from megatron_scalemoe.traffic.trace import load_trace
 
-    trace = load_trace(path)
+    with wanted("trace", path, "--trace"):
+        return load_trace(path)
+
+
+def _load_trace(path: Path) -> RoutingTrace:
+    """Raises `ScaleMoEError` if its experts cannot be placed."""
+    trace = load_trace_file(path)
     if trace.num_experts % trace.num_ranks:
         problem, found = f"{path}: the number of experts must be a multiple of the ranks", f"{trace.num_experts} on {trace.num_ranks}"
         raise ScaleMoEError(problem, found=found, try_="a trace of ranks that divide the experts")
     return trace
 
 
-def load_plan_for(plan_path: Path, trace: RoutingTrace, trace_path: Path) -> PlacementPlan:
+def load_plan_for(plan_path: Path, trace: RoutingTrace, trace_path: Path, flag: str = "--plan") -> PlacementPlan:
     """The plan, which must be for the layers, ranks and experts of the trace. Raises `ScaleMoEError` naming both files."""
     from megatron_scalemoe.plan.fit import check_fit
     from megatron_scalemoe.plan.placement_plan import load_plan
 
-    plan = load_plan(plan_path)
+    with wanted("plan", plan_path, flag):
+        plan = load_plan(plan_path)
     check_fit({str(trace_path): trace, str(plan_path): plan}, try_="scalemoe plan with this trace")
     return plan

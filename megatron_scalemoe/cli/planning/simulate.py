@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli.common import OK, add_output_flags, check_output, emit, format_table, progress_bar
+from megatron_scalemoe.cli.planning.cost_flags import add_cost_flags
 from megatron_scalemoe.cli.planning.requests import (
     add_input_flags,
     add_planning_flags,
@@ -60,6 +61,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--timeline", type=Path, metavar="FILE", help="also draw the last step, for ui.perfetto.dev (Chrome trace JSON)")
     add_planning_flags(parser)
     add_output_flags(parser)
+    add_cost_flags(parser)
     parser.set_defaults(handler=run)
 
 
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise ScaleMoEError(f"--{planning[0].replace('_', '-')} makes a plan, --plan gives one: use one of them")
     check_output(args.output, force=args.force)
     check_output(args.timeline, force=args.force, flag="--timeline")
+    from megatron_scalemoe.cost.bottleneck import bottleneck
     from megatron_scalemoe.simulate.engine import replay
 
     replanning = replanning_from_args(args)
@@ -81,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         with progress_bar(args, request.trace.num_steps, "step") as bar:
             advance = {"progress": lambda step: bar.update(step - bar.n)}
             replayed = replay(request.trace, plans, request.links, request.cost, **options, **advance)
-    result = _result(args, policy, replayed, baseline) | {"cost": request.cost.model_dump()}
+    slowest = bottleneck(replayed.worst_step, request.links)
+    result = _result(args, policy, replayed, baseline) | {"bottleneck": slowest._asdict(), "cost": request.cost.model_dump()}
     emit(args, result, format_result(result, compared=plans is not None))
     if args.timeline is not None:
         _write_timeline(args, replayed, request)
@@ -129,6 +133,9 @@ def _result(args: argparse.Namespace, policy: str, replay: Replay, baseline: Rep
 
 def format_result(result: dict, *, compared: bool) -> str:
     """The table that people read, and a line of what it means. compared: there is a policy beside the baseline."""
+    from megatron_scalemoe.cost.bottleneck import Bottleneck
+
+    slowest = Bottleneck(**result["bottleneck"])
     columns = [result["baseline"], result] if compared else [result]
     table = format_table(["", *(c["policy"] for c in columns)], [[label, *(show(c) for c in columns)] for label, show in ROWS])
     steps = "1 recorded step" if result["steps"] == 1 else f"{result['steps']} recorded steps"
@@ -137,7 +144,7 @@ def format_result(result: dict, *, compared: bool) -> str:
         counted += f", without the {result['warm_up_steps']} before the first plan"
     if result["idle_steps"]:
         counted += f", without {result['idle_steps']} that have no tokens"
-    return f"{table}\n\n{counted}.\n{_meaning(result) if compared else _alone(result)}"
+    return f"{table}\n\n{counted}.\n{_meaning(result) if compared else _alone(result)}\n{slowest}"
 
 
 def _meaning(result: dict) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_scalemoe.cli.common import CHECK_FAILED, OK, add_output_flags, check_output, emit, format_table
+from megatron_scalemoe.cli.file_kinds import wanted
 from megatron_scalemoe.cli.topology import discover as topology_discover
 from megatron_scalemoe.cli.topology.facts import describe, format_description, write_topology
 from megatron_scalemoe.errors import ScaleMoEError
@@ -127,7 +128,8 @@ def run_show(args: argparse.Namespace) -> int:
     from megatron_scalemoe.topology.topology_file import load_topology
 
     check_output(args.output, force=args.force)
-    topology = load_topology(args.file)
+    with wanted("topology", args.file, "topology show"):
+        topology = load_topology(args.file)
     routes = compute_routes(topology)
     result = {
         **describe(topology),

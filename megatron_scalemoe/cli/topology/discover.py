@@ -153,10 +153,8 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> Measurement:
-    from megatron_scalemoe.topology.measured import read_measurement
-
     if args.probe is not None:
-        return read_measurement(args.probe)
+        return _read_probe(args.probe)
     missing = [name for name in ("torch", "psutil") if installed_version(name) is None]
     if missing:
         try_ = "pip install 'megatron-scalemoe[train]'"
@@ -167,7 +165,19 @@ def _measure(args: argparse.Namespace) -> Measurement:
         if args.sizes:
             arguments += ["--sizes", *map(str, sorted(set(args.sizes)))]
         run_ranks(WORKER, arguments, ranks=args.ranks, timeout=args.timeout, quiet=args.quiet)
-        return read_measurement(result_file)
+        return _read_probe(result_file)
+
+
+def _read_probe(path: Path) -> Measurement:
+    import numpy as np
+
+    from megatron_scalemoe.topology.measured import read_measurement
+
+    try:
+        with np.errstate(over="raise", divide="raise", invalid="raise"):
+            return read_measurement(path)
+    except (np.linalg.LinAlgError, FloatingPointError) as error:
+        raise ScaleMoEError("the times of a pair cannot be fitted", found=error, try_="measure again", place=str(path)) from error
 
 
 def describe_measurement(measurement: Measurement) -> dict:

@@ -63,13 +63,22 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One figure of the page. `title`: the finding; `alt`: what the picture shows, in words; `note`: how to read it, or where it ends."""
+    """One figure of the page. `title`: the finding; `alt`: what the picture shows, in words; `note`: how to read it, or where it ends.
+
+    measured: or else computed from a model.
+    """
 
     title: str
     alt: str
     svg: str
     table: Table
     note: str = ""
+    measured: bool = False
+
+    @property
+    def heading(self) -> str:
+        """The finding, and where it comes from."""
+        return f"{'Measured' if self.measured else 'Computed'}: {self.title}"
 
 
 @contextlib.contextmanager

@@ -124,7 +124,9 @@ def dispatch_panel(rows: Sequence[dict], file: str, number: int) -> Panel:
         bar_axes(axis, [_dispatcher(row) for row in shown], xlabel, np.add(median, above).tolist(), texts)
         svg = to_svg(figure, f"dispatch-{number}")
     title = f"{_dispatcher(best)} takes {best['ratio_to_stock']:.2f}x the time of {baseline['dispatcher']}"
-    if best is baseline:
+    if len(rows) == 1:
+        title = f"{baseline['dispatcher']} takes {baseline['median_ms']:.2f} ms, and nothing beside it"
+    elif best is baseline:
         title = f"No dispatcher is faster than {baseline['dispatcher']}"
     if best is not baseline and best.get("bytes_out") and baseline.get("bytes_out"):
         title += f" and sends {best['bytes_out'] / baseline['bytes_out']:.2f}x its bytes"
@@ -140,7 +142,7 @@ def dispatch_panel(rows: Sequence[dict], file: str, number: int) -> Panel:
         ]
         for row in rows
     ]
-    return Panel(title, f"Bars of {len(shown)} dispatchers. {title}.", svg, Table(headers, cells, f"Measured, {file}"))
+    return Panel(title, f"Bars of {len(shown)} dispatchers. {title}.", svg, Table(headers, cells, f"Measured, {file}"), measured=True)
 
 
 def _dispatcher(row: dict) -> str:
@@ -179,7 +181,7 @@ def solvers_panel(rows: Sequence[dict], file: str, number: int) -> Panel:
         for name in names
     ]
     table = Table(["solver", "runs", "mean cost", "mean gap", "largest gap", "mean seconds"], cells, f"Measured, {file}")
-    title = f"No solver is cheaper than {best}"
+    title = f"No solver is cheaper than {best}" if len(names) > 1 else f"{best} finds placements that cost {format_us(cost[best])}"
     if best != names[0]:
         saved = 1 - cost[best] / cost[names[0]]
         title = f"{best} finds the cheapest placements, {saved:.0%} below {names[0]}, in {seconds[best]:.2g} s"

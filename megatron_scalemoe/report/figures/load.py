@@ -56,6 +56,8 @@ def _load_title(evaluations: Sequence[Evaluation]) -> str:
     first, last = evaluations[0], evaluations[-1]
     layer = int(first.max_over_mean.argmax())
     worst, rank = first.max_over_mean[layer], int(first.load[layer].argmax())
+    if not first.load.any():
+        return "The trace holds no tokens"
     if worst < 1.005:
         return f"All ranks carry the same load under {first.name}"
     text = f"In layer {layer} all wait for rank {rank}, which gets {format_ratio(worst)}x the mean load"

@@ -53,7 +53,12 @@ def speed_panel(runs: Sequence[TrainingRun]) -> Panel:
         svg = to_svg(figure, "training-speed")
     note = "Speeds are medians over the reports of each run's second half; the mean counts every pause, replans and moves of experts too. "
     return Panel(
-        speed_finding(runs), f"Bars of the speed of {len(shown)} runs. {speed_finding(runs)}.", svg, runs_table(runs), note + _left(runs)
+        speed_finding(runs),
+        f"Bars of the speed of {len(shown)} runs. {speed_finding(runs)}.",
+        svg,
+        runs_table(runs),
+        note + _left(runs),
+        True,
     )
 
 
@@ -90,7 +95,9 @@ def loss_panel(runs: Sequence[TrainingRun]) -> Panel:
                 axes[1].yaxis.set_major_formatter("{x:.0e}")
                 axes[1].yaxis.set_minor_formatter("")
             else:
-                axes[1].text(0.5, 0.5, "none: equal to the last bit", ha="center", transform=axes[1].transAxes)
+                common = any(iterations.size for iterations, _ in differences)
+                text = "none: equal to the last bit" if common else "no iteration in common"
+                axes[1].text(0.5, 0.5, text, ha="center", transform=axes[1].transAxes)
         for axis in axes:
             axis.grid()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=6, borderaxespad=0)
@@ -101,7 +108,9 @@ def loss_panel(runs: Sequence[TrainingRun]) -> Panel:
         note += f"{again.name} is {reference.name} again, with each batch summed in other parts: how far that alone takes the loss. "
     if any(part.size for part in visible):
         note += "Points without a difference are not drawn. "
-    return Panel(loss_finding(runs), f"Loss curves of {len(shown)} runs. {loss_finding(runs)}.", svg, loss_table(runs), note + _left(runs))
+    return Panel(
+        loss_finding(runs), f"Loss curves of {len(shown)} runs. {loss_finding(runs)}.", svg, loss_table(runs), note + _left(runs), True
+    )
 
 
 def loss_finding(runs: Sequence[TrainingRun]) -> str:
@@ -109,12 +118,18 @@ def loss_finding(runs: Sequence[TrainingRun]) -> str:
     reference = runs[0]
     if len(runs) == 1:
         return f"{reference.name} ends at loss {reference.lm_loss_N[-1]:.4f} after {reference.iteration_N[-1]} iterations"
-    largest = {run.name: float(loss_difference(run, reference)[1].max(initial=0.0)) for run in runs[1:]}
+    differences = {run.name: loss_difference(run, reference)[1] for run in runs[1:]}
+    largest = {name: float(difference.max()) for name, difference in differences.items() if difference.size}
+    if not largest:
+        return f"No other run reports the loss at an iteration of {reference.name}: nothing to compare"
     again = rounding_run(runs)
+    again = again if again is not None and again.name in largest else None
     own = largest.pop(again.name) if again is not None else 0.0
     if not largest:
         return f"{reference.name} and {again.name} are {own:.1e} apart at most: rounding"
     name = max(largest, key=largest.__getitem__)
+    if not largest[name] and len(largest) + (again is not None) < len(differences):
+        return f"Where they report the same iterations, losses are the same as {reference.name}'s to the last bit"
     if not largest[name]:
         return f"All losses are the same as {reference.name}'s to the last bit"
     text = f"At equal iterations no loss is more than {largest[name]:.1e} from {reference.name}'s (the farthest: {name})"
@@ -161,7 +176,7 @@ def balance_panel(runs: Sequence[TrainingRun]) -> Panel | None:
     note = "Rows that each rank's experts computed, mean over the MoE layers and the iterations of a report; 1 is perfect balance. "
     if padded := [run.name for run in runs if run.is_padded]:
         note += f"Not drawn: {', '.join(padded)}, where padding makes every rank compute as many rows as the busiest. "
-    return Panel(title, f"Curves of the load's balance in {len(shown)} runs. {title}.", svg, balance_table(runs), note + _left(runs))
+    return Panel(title, f"Curves of the load's balance in {len(shown)} runs. {title}.", svg, balance_table(runs), note + _left(runs), True)
 
 
 def _balance_finding(runs: Sequence[TrainingRun]) -> str:

@@ -128,6 +128,36 @@ def test_a_wrong_result_fails_the_check(error, fake_ranks, capsys):
     assert "dispatcher" in captured.out
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"rows": [{}]}',
+        '{"rows": []}',
+        '{"rows": [1]}',
+        "{}",
+        '{"rows": 3}',
+        json.dumps({"rows": [row("alltoall", median_ms="x")]}),
+        json.dumps({"rows": [row("alltoall", dtype="fp8")]}),
+        json.dumps({"rows": [row("alltoall")]}).replace("12.345", "1e999"),
+        json.dumps({"rows": [row("alltoall")], "env": 3}),
+    ],
+)
+def test_a_damaged_result_is_a_user_error(text, tmp_path, capsys):
+    path = tmp_path / "ranks.json"
+    path.write_text(text)
+    assert main(["bench", "dispatch", "--result", str(path)]) == 1
+    assert f"error: {path}:1: " in capsys.readouterr().err
+
+
+def test_numbers_that_json_has_no_words_for_are_null(tmp_path, capsys):
+    path = tmp_path / "ranks.json"
+    text = json.dumps({"rows": [row("alltoall"), row("scalemoe", max_rel_error=None)], "more": 7.5}).replace("7.5", "1e999")
+    path.write_text(text)
+    assert main(["bench", "dispatch", "--result", str(path), "--json"]) == 3
+    result = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert result["more"] is None
+
+
 def test_a_result_of_ranks_started_elsewhere_is_shown_and_checked(tmp_path, capsys):
     """As examples/slurm/bench.sbatch does."""
     result = tmp_path / "ranks.json"

@@ -115,7 +115,7 @@ def test_what_is_wrong_is_said_in_one_error(failure):
     for flags, message in (
         (["--policies", "greedy", "magic"], "there is no such solver\n  found: 'magic'"),
         (["--plans", "none.json"], "none.json: cannot read the file"),
-        (["--plans", "topo.yaml"], "topo.yaml:2: name: unknown field"),
+        (["--plans", "topo.yaml"], "topo.yaml is a topology, --plans wants a plan"),
         (["--plans", "trace.npz"], "trace.npz: not a text file"),
         (["--plans", "two.json"], two),
         (["--replan-lag", "5"], "lag 5, 5 recorded steps"),

@@ -37,6 +37,12 @@ def with_trace(counts: np.ndarray, **meta: object) -> list[str]:
     return [*PLAN, "--trace", "other.npz"]
 
 
+@pytest.mark.parametrize("flags", ["--topology trace.npz --trace trace.npz", "--topology topo.yaml --trace topo.yaml"])
+def test_swapped_files_are_told_by_what_they_are(flags, failure):
+    kind, other = ("trace", "topology") if "topology trace.npz" in flags else ("topology", "trace")
+    assert f"is a {kind}, --{other} wants a {other}" in failure("plan", *flags.split())
+
+
 def test_json_has_the_stable_keys_and_the_contiguous_baseline(run_json):
     result = run_json(*PLAN)
     assert set(result) >= STABLE_KEYS
@@ -83,7 +89,7 @@ def test_what_is_wrong_is_said_in_one_error_without_a_plan(failure):
     before = sorted(os.listdir())
     for flags, message in (
         (["--topology", "none.yaml"], "none.yaml: cannot read the file"),
-        (["--topology", "trace.npz"], "trace.npz: not a text file"),
+        (["--topology", "trace.npz"], "trace.npz is a trace, --topology wants a topology"),
         (["--trace", "topo.yaml"], "topo.yaml: not a readable npz file"),
         (["--trace", "wide.npz"], "topo.yaml must have a GPU for each of the 8 ranks of wide.npz\n  found: 4 GPUs"),
         (["--trace", "six.npz"], "six.npz: the number of experts must be a multiple of the ranks\n  found: 6 on 4"),

@@ -55,6 +55,14 @@ def fake_ranks(monkeypatch):
     return calls
 
 
+def test_times_that_cannot_be_fitted_are_a_user_error(tmp_path, capsys):
+    pairs = [{"source": a, "destination": 1 - a, "bytes": [1024, 2048, 4096], "time_us": [1.0, 1e-308, 3.0]} for a in (0, 1)]
+    path = tmp_path / "probe.json"
+    path.write_text(json.dumps({"pairs": pairs, "node_of_rank": [0, 0], "backend": "gloo", "device": "cpu"}))
+    assert main(["topology", "measure", "--probe", str(path)]) == 1
+    assert f"error: {path}" in capsys.readouterr().err
+
+
 def test_the_command_line_names_every_gpu_model():
     assert set(cli.GPU_MODELS) == set(GPU_MODELS)
 
