@@ -65,9 +65,9 @@ def problems(shell, name: str) -> list[str]:
     return found
 
 
-def test_the_planner_in_the_readme_and_its_other_commands(shell):
+def test_the_planners_tour_and_its_other_commands(shell):
     """The pages go on with each other's files. With the default time budgets: a minute."""
-    found = problems(shell, "README.md")
+    found = problems(shell, "docs/planner-tour.md")
     (shell.folder / "run").mkdir()
     for file in ("old.json", "small.yaml", "recorded.npz"):
         shutil.copy(shell.folder / file, shell.folder / "run")
