@@ -17,7 +17,7 @@ class ScaleMoEError(Exception):
         self.problem, self.found, self.try_, self.field, self.place = problem, found, try_, field, place
         lines = [": ".join(_printable(part, 500) for part in (place, ".".join(map(str, field)), problem) if part)]
         if found is not None:
-            lines.append(f"  found: {_printable(str(found), 5000)}")
+            lines.append(f"  found: {_printable(found, 5000)}")
         if try_ is not None:
             lines.append(f"  try:   {_printable(try_, 1000)}")
         super().__init__("\n".join(lines))
@@ -34,7 +34,8 @@ def as_raised(error: ScaleMoEError) -> ScaleMoEError:
     return error
 
 
-def _printable(text: str, most: int) -> str:
+def _printable(value: object, most: int) -> str:
     """Fit for a terminal: what files hold may be escape sequences, and long."""
+    text = str(value)
     text = text if len(text) <= most else f"{text[: most - 3]}..."
     return "".join(char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text)

@@ -74,7 +74,7 @@ def planned_run(setup: Setup, steps: int, every: int) -> dict:
         if step % every == 0:
             with mock.patch.object(planner, "PLANNING_S", 1.0):
                 live.replan_now(step)
-    plan_hash, events = live.plan.content_hash, live.events
+    plan_hash, events = live.plan.content_hash, list(live.events)
     live.close()
     return {"losses": losses, "events": events, "hash": plan_hash}
 
@@ -91,7 +91,7 @@ def run_with_a_dead_planner(setup: Setup) -> dict:
         if step == 4 and live._planner._beside is not None:
             live._planner._beside._process.kill()
             live._planner._beside._process.wait()
-    events, after = live.events, live.plan.content_hash
+    events, after = list(live.events), live.plan.content_hash
     live.close()
     return {"losses": losses, "events": events, "unchanged": before == after}
 
@@ -196,7 +196,7 @@ def resume_live(setup: Setup, directory: Path) -> tuple[list[float], str, list[d
     for step in range(5, 9):
         losses += training.losses(1)
         live.step_done(step)
-    return losses, live.plan.content_hash, live.events
+    return losses, live.plan.content_hash, list(live.events)
 
 
 def resume_stock(setup: Setup, directory: Path) -> list[float]:
