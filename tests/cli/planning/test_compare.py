@@ -116,7 +116,7 @@ def test_what_is_wrong_is_said_in_one_error(failure):
         (["--policies", "greedy", "magic"], "there is no such solver\n  found: 'magic'"),
         (["--plans", "none.json"], "none.json: cannot read the file"),
         (["--plans", "topo.yaml"], "topo.yaml is a topology, --plans wants a plan"),
-        (["--plans", "trace.npz"], "trace.npz: not a text file"),
+        (["--plans", "trace.npz"], "trace.npz is a trace, --plans wants a plan"),
         (["--plans", "two.json"], two),
         (["--replan-lag", "5"], "lag 5, 5 recorded steps"),
         (["--replan-lag", "-1"], "--replan-lag: must be 0 or more"),

@@ -104,7 +104,7 @@ def test_what_is_wrong_is_said_in_one_error_without_a_plan(failure):
     for flags, message in (
         (["--topology", "none.yaml"], "none.yaml: cannot read the file"),
         (["--topology", "trace.npz"], "trace.npz is a trace, --topology wants a topology"),
-        (["--trace", "topo.yaml"], "topo.yaml: not a readable npz file"),
+        (["--trace", "topo.yaml"], "topo.yaml is a topology, --trace wants a trace"),
         (["--trace", "wide.npz"], "topo.yaml must have a GPU for each of the 8 ranks of wide.npz\n  found: 4 GPUs"),
         (["--trace", "six.npz"], "six.npz: the number of experts must be a multiple of the ranks\n  found: 6 on 4"),
         (["--replicas", "25"], "replicas must be from 0 to experts x (ranks - 1) = 24\n  found: 25"),
