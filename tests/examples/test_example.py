@@ -5,6 +5,7 @@ Torchrun starts the ranks of which one is killed; the others are forked.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +133,15 @@ def test_what_only_the_ranks_find_is_a_clear_error_too(run, tmp_path):
     assert code != 0
     assert "no checkpoint in /nowhere/at/all" in output
     assert "Traceback" not in output
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(run, tmp_path):
+    flags = ("--lr", "1e30", "--min-lr", "1e30", "--train-iters", "8", "--save-interval", "1", "--run-name", "nan")
+    code, output = run(tmp_path, *flags)
+    assert code != 0 and "loss and gradients must be finite" in output
+    failed = int(re.search(r"in iteration (\d+)", output)[1])
+    latest = tmp_path / "runs" / "nan" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert int(latest.read_text()) == failed - 1
 
 
 def test_ranks_with_different_flags_are_refused(run, tmp_path):
