@@ -19,6 +19,7 @@ from megatron_scalemoe.errors import ScaleMoEError, as_raised
 from megatron_scalemoe.faults.told import tell_once
 
 _HELP = {"-h", "--help"}
+_NO_CHECKOUT = "the script in its checkout; a script of your own needs no launcher: docs/megatron-lm.md#in-your-own-script"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def run_script(script: Path, flags: list[str]) -> None:
 
     on_cpu, hooked = not torch.cuda.is_available(), scalemoe is not None or bool(_HELP & set(flags))
     if (on_cpu or hooked) and importlib.util.find_spec("megatron.training") is None:
-        raise ScaleMoEError(f"no Megatron-LM beside {script}", found="no package megatron.training", try_="the script in its checkout")
+        raise ScaleMoEError(f"no Megatron-LM beside {script}", found="no package megatron.training", try_=_NO_CHECKOUT)
     if on_cpu:
         from megatron_scalemoe.mcore.scripts import cpu as cpu_script
 

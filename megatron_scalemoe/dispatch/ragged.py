@@ -53,12 +53,15 @@ class RaggedDispatcher(Dispatcher):
 
     With `expert_tp_size` > 1 each block lives on that many consecutive ranks of the group, every one with a shard of each expert: a row
     goes to all of them, and their partial outputs are summed at the token's home, so tensor-parallel experts need no collective of their
-    own. `max_experts_per_token` bounds how many experts a token may have (top-k; all experts when Megatron pads to capacity).
+    own. `max_experts_per_token` bounds how many experts a token may have (top-k; all experts when Megatron pads to capacity). Raises
+    `ScaleMoEError` if the experts do not divide, and in `dispatch` and `combine` for tensors of other shapes than theirs.
     """
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int, max_experts_per_token: int, expert_tp_size: int = 1):
         num_blocks = group.size() // expert_tp_size
-        assert num_blocks * expert_tp_size == group.size() and num_experts % num_blocks == 0, (group.size(), num_experts, expert_tp_size)
+        if num_blocks * expert_tp_size != group.size() or num_experts % num_blocks:
+            problem = f"num_experts must be a multiple of the group's {group.size()} ranks / expert_tp_size"
+            raise ScaleMoEError(problem, found=f"{num_experts} experts, expert_tp_size {expert_tp_size}")
         self.group = group
         self.expert_tp_size = expert_tp_size
         self.num_experts = num_experts
@@ -68,6 +71,7 @@ class RaggedDispatcher(Dispatcher):
 
     def prepare(self, x_TD: Tensor, probs_TE: Tensor, routing_map_TE: Tensor) -> InFlight:
         num_tokens = x_TD.shape[0]
+        self._check_inputs(x_TD, probs_TE, routing_map_TE)
         wanted_GTL = self._wanted_by_rank(routing_map_TE)
         goes_GT = wanted_GTL.any(2)
         send_rows_G = goes_GT.sum(1)
@@ -109,6 +113,9 @@ class RaggedDispatcher(Dispatcher):
         return permute(flight.x, expanded), tokens_per_expert, row_probs_R, metadata
 
     def reduce(self, rows_RD: Tensor, metadata: RaggedMetadata) -> Tensor:
+        if rows_RD.shape[0] != metadata.expanded.index_M.numel():
+            problem = f"combine takes the {metadata.expanded.index_M.numel()} rows that dispatch has returned"
+            raise ScaleMoEError(problem, found=tuple(rows_RD.shape))
         return unpermute(rows_RD, metadata.expanded)
 
     def exchange_back(self, x: Tensor, metadata: RaggedMetadata) -> Tensor:
@@ -120,6 +127,16 @@ class RaggedDispatcher(Dispatcher):
     def rows_sent(self, metadata: RaggedMetadata) -> RowsSent:
         stayed = metadata.splits.input[self.group.rank()]
         return RowsSent(stayed, sum(metadata.splits.input) - stayed)
+
+    def _check_inputs(self, x_TD: Tensor, probs_TE: Tensor, routing_map_TE: Tensor) -> None:
+        shape = (x_TD.shape[0], self.num_experts)
+        if x_TD.dim() == 2 and routing_map_TE.dtype == torch.bool and probs_TE.shape == shape and routing_map_TE.shape == shape:
+            return
+        of_map = f"{routing_map_TE.dtype} {tuple(routing_map_TE.shape)}"
+        raise ScaleMoEError(
+            f"dispatch takes x [tokens, hidden], and probs and a bool routing_map [tokens, {self.num_experts}]",
+            found=f"x {tuple(x_TD.shape)}, probs {tuple(probs_TE.shape)}, routing_map {of_map}",
+        )
 
     def _wanted_by_rank(self, routing_map_TE: Tensor) -> Tensor:
         """bool [G, T, L]: does token t want expert l of rank g?"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megatron_scalemoe.topology.graph import Topology
 from megatron_scalemoe.topology.topology_file import load_topology
 from megatron_scalemoe.traffic.rounding import whole_tokens
 from megatron_scalemoe.traffic.trace import RoutingTrace
+from megatron_scalemoe.typed import nearest
 
 
 def plan_placement(
@@ -21,9 +23,9 @@ def plan_placement(
 ) -> PlacementPlan:
     """Where experts and their replicas should live.
 
-    counts: tokens of one micro-batch, [L, E] per expert (each rank sends its share), [L, G, E] from each of the G ranks, or [S, L, G, E] of
-    single steps; anything that numpy takes. topology: of G ranks, or its file. replicas: extra slots per layer, over all ranks. topk:
-    experts per token. options: as for `PlanRequest`. Raises `ScaleMoEError` where they do not fit.
+    counts: (token, expert) selections of one micro-batch, [L, E] of all ranks (each sends its share), [L, G, E] from each of the G ranks,
+    or [S, L, G, E] of single steps; anything that numpy takes. topology: of G ranks, or its file. replicas: copies per layer at most, over
+    all ranks. topk: experts per token. options: as for `PlanRequest`. Raises `ScaleMoEError` where they do not fit.
 
     The plan's `physical_to_logical` [L, P], `logical_to_physical` [L, E, most copies] and `num_copies` [L, E] are EPLB's `phy2log`,
     `log2phy` and `logcnt`; a slot without an expert, and a copy that there is not, are -1.
@@ -41,4 +43,7 @@ def plan_placement(
         if not (np.isfinite(counts).all() and counts.max(initial=0) < 2**31):
             raise ScaleMoEError("counts must be finite numbers of tokens")
         counts = whole_tokens(counts)
+    known = [field.name for field in dataclasses.fields(PlanRequest) if field.name not in ("trace", "topology", "replicas")]
+    if unknown := sorted(options.keys() - set(known)):
+        raise ScaleMoEError(f"{unknown[0]!r} is no option", try_=nearest(unknown[0], known))
     return plan_trace(PlanRequest(trace=RoutingTrace(counts, None, {"topk": topk}), topology=cluster, replicas=replicas, **options)).plan

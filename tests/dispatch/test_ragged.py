@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_scalemoe.dispatch.ragged import RaggedDispatcher
 from megatron_scalemoe.errors import ScaleMoEError
 from megatron_scalemoe.ops.ragged import naming_failure, ragged_all_to_all
 from megatron_scalemoe.ops.wire import WireMeter
@@ -62,6 +63,31 @@ def wrong_splits() -> str:
 
 def test_splits_that_do_not_fit_are_refused_before_any_communication():
     assert all("3 rows" in message for message in pool(2).run(wrong_splits))
+
+
+def wrong_use(kind: str) -> str:
+    """What a program is told that gives the dispatcher something else; no rank communicates."""
+    x, probs, chosen = torch.zeros(4, 3), torch.ones(4, 8), torch.ones(4, 8, dtype=torch.bool)
+    try:
+        dispatcher = RaggedDispatcher(dist.group.WORLD, 7 if kind == "experts" else 8, 8)
+        if kind == "rows":
+            rows, *_, metadata = dispatcher.dispatch(x, probs, chosen)
+            dispatcher.combine(rows[1:], metadata)
+        given = {
+            "x": (x[None], probs, chosen),
+            "probs": (x, probs[:, 1:], chosen),
+            "map": (x, probs, probs),
+            "chosen": (x, probs, chosen[:, :2]),
+        }
+        dispatcher.dispatch(*given[kind])
+    except ScaleMoEError as error:
+        return error.problem
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["experts", "rows", "x", "probs", "map", "chosen"])
+def test_what_does_not_fit_the_dispatcher_is_a_user_error(kind):
+    assert all(pool(2).run(wrong_use, kind))
 
 
 def failing_alone(kind: str) -> str:

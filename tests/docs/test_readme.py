@@ -22,12 +22,19 @@ def run(command: list[str]) -> str:
 
 
 def test_a_plan_from_counts():
-    assert run(["-c", piece("plan_placement")]) == "(4, 96)\n[80 73 75 80]\n"
+    printed = run(["-c", piece("plan_placement")])
+    assert printed.startswith("(4, 96)\n") and printed.endswith("\n[80 73 75 80]\n")
 
 
 def test_dispatch_in_plain_torch(tmp_path):
     pytest.importorskip("torch")
     script = tmp_path / "dispatch.py"
-    check = "assert torch.allclose(y, 2 * x * top_probs.sum(1, keepdim=True), atol=1e-5) and x.grad is not None\nprint('same')\n"
+    check = """
+everywhere = [None] * dist.get_world_size()
+dist.all_gather_object(everywhere, experts)
+layer = [expert for of_rank in everywhere for expert in of_rank]
+expected = sum(p[:, None] * torch.stack([layer[e](row) for e, row in zip(c, x)]) for p, c in zip(top_probs.T, chosen.T))
+print("same" if torch.allclose(y, expected, atol=1e-5) and x.grad is not None else "other")
+"""
     script.write_text(piece("RaggedDispatcher") + check)
     assert run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]).count("same") == 2

@@ -35,3 +35,8 @@ def test_the_plan_has_eplbs_tables():
 def test_other_counts_are_refused(counts):
     with pytest.raises(ScaleMoEError):
         plan_placement(counts, TOPOLOGY)
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(ScaleMoEError, match="'solvr' is no option"):
+        plan_placement(COUNTS_LE, TOPOLOGY, solvr="greedy")

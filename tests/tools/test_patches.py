@@ -1,5 +1,6 @@
 """tools/apply_patches.sh and check_patches.sh, on a small stand-in for Megatron-LM's repository."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -105,3 +106,9 @@ def test_check_patches_without_the_tag(clone):
     assert result.returncode == 0 and "core_v1.9.0: not proved" in result.stdout
     assert run("git", "tag", "-d", "core_v1.2.3", cwd=clone).returncode == 0
     assert run(*check, cwd=clone).returncode == 1
+
+
+def test_the_patches_import_what_there_is():
+    for patch in sorted((ROOT / "patches" / "megatron").rglob("*.patch")):
+        module, name = re.search(r"^\+ *from (megatron_scalemoe\S*) import (\w+)$", patch.read_text(), re.MULTILINE).groups()
+        assert importlib.util.find_spec(f"{module}.{name}"), patch
