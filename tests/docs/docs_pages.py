@@ -100,8 +100,11 @@ def is_output(printed: str, real: str) -> bool:
 
 
 def without_measured(text: str) -> str:
-    """The same with # for what a search or a measurement found: numbers, but for a table's labels and its contiguous placement."""
-    done = []
+    """The same with # for what a search or a measurement found: numbers, but for a table's labels and its contiguous placement.
+
+    On a busy machine the clock may cut a search, which is said in a line of its own.
+    """
+    done, text = [], re.sub(r"^The time budget cut the search short.*\n?", "", text, flags=re.MULTILINE)
     for lines in (part.splitlines() for part in text.split("\n\n")):
         rule = next((index for index, line in enumerate(lines) if re.fullmatch(r"-+( +-+)+", line)), None)
         table = [] if rule is None else lines[rule - 1 :]
