@@ -10,6 +10,7 @@ extra_flags: [--log-throughput] # word by word, as they are
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,9 @@ def _with_bases(path: Path) -> list[Document]:
 
 def _completed(path: Path, top: Mapping[str, Any], values: dict[Field, Value], has_scalemoe: bool) -> dict[Field, Value]:
     """With what follows from other values, and with defaults. Types are not checked yet."""
-    derived: dict[Field, tuple[Any, str]] = {("cluster", "job_name"): (f"scalemoe-{path.stem}", "the file's name")}
+    derived: dict[Field, tuple[Any, str]] = {
+        ("cluster", "job_name"): (f"scalemoe-{re.sub(r'[^A-Za-z0-9_.-]', '_', path.stem)}", "the file's name")
+    }
     gpus = values.get(("cluster", "gpus_per_node"), Value(_DEFAULTS["cluster", "gpus_per_node"], "default")).value
     if gpus:
         derived["cluster", "ranks_per_node"] = (gpus, "gpus_per_node")
