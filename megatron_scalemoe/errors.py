@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_scalemoe.units import printable
+
 
 class ScaleMoEError(Exception):
     """Bad user input or a broken environment. Our own broken invariants are `assert`s, never this.
@@ -15,11 +17,12 @@ class ScaleMoEError(Exception):
         self, problem: str, *, found: object = None, try_: str | None = None, field: tuple[str | int, ...] = (), place: str | None = None
     ):
         self.problem, self.found, self.try_, self.field, self.place = problem, found, try_, field, place
-        lines = [": ".join(_printable(part, 500) for part in (place, ".".join(map(str, field)), problem) if part)]
+        where = [_shown(part, 500) for part in (place, ".".join(map(str, field))) if part]
+        lines = [": ".join([*where, _shown(problem, 5000)])]
         if found is not None:
-            lines.append(f"  found: {_printable(found, 5000)}")
+            lines.append(f"  found: {_shown(found, 5000)}")
         if try_ is not None:
-            lines.append(f"  try:   {_printable(try_, 1000)}")
+            lines.append(f"  try:   {_shown(try_, 1000)}")
         super().__init__("\n".join(lines))
 
     def at(self, place: str, field: tuple[str | int, ...] | None = None) -> ScaleMoEError:
@@ -34,8 +37,8 @@ def as_raised(error: ScaleMoEError) -> ScaleMoEError:
     return error
 
 
-def _printable(value: object, most: int) -> str:
-    """Fit for a terminal: what files hold may be escape sequences, and long."""
+def _shown(value: object, most: int) -> str:
+    """Fit for a terminal, and not longer than `most`: it may be what stood in somebody's file."""
     text = str(value)
     text = text if len(text) <= most else f"{text[: most - 3]}..."
-    return "".join(char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text)
+    return "\n".join(map(printable, text.split("\n")))

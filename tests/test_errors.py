@@ -12,6 +12,11 @@ def test_nothing_of_a_file_reaches_the_terminal_as_it_is():
     assert error.found == "\x1b[2J\ud800"  # the data are as they were
 
 
+def test_an_error_that_another_process_has_told_is_whole():
+    told = str(ScaleMoEError("all ranks must agree", found="\n    --lr: 1 on rank 0" * 100))
+    assert str(ScaleMoEError(told)) == told
+
+
 def test_what_megatron_puts_behind_an_error_is_taken_away():
     def build(depth: int) -> None:
         try:
